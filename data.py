@@ -1,0 +1,690 @@
+"""Multi-view pictures of objects with their cameras: ShapeNet-SRN folders in, batches out.
+
+    <root>/<dataset>/<dataset>_<split>/<object>/{intrinsics.txt, rgb/000000.png, pose/000000.txt}
+
+`prepare` finds a dataset of that layout, packs each split's images into one memory-mapped uint8
+file, and returns its `Views`; `draw` and `gather` cut batches from them. Where there are no cars at
+all, it makes some: procedural ones, ray cast in closed form, written in the same layout and read
+by the same reader. Their two doors have independent colours, so one view cannot show both.
+Nothing is downloaded, and no image is decoded in the training loop.
+
+    python data.py cars                    # prepare, say what is there, draw out/cars/data.png
+"""
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import zlib
+from colorsys import hsv_to_rgb
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import combinations
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from rasterize import Camera
+
+DATASETS = {   # depth range in world units (of the splats, and of the cameras' spheres); backdrop
+    "cars":   dict(near=0.80, far=1.80, background=(1., 1., 1.)),   # cameras at radius 1.3
+    "chairs": dict(near=1.25, far=2.75, background=(1., 1., 1.)),   # cameras at radius 2.0
+}
+SOURCES = "get pixelNeRF's archive (github.com/sxyu/pixel-nerf, section \"Getting the data\")"
+SPLITS = "train", "val", "test"
+SOURCE_VIEW = 64       # of a test object's 251: the one the protocol shows; the others are targets
+VERSION = 1            # of the generator and the cache: a change of either's bytes raises it
+
+
+def fail(message):
+    """Bad input, met at the door: one line on stderr, exit code 1, no traceback."""
+    raise SystemExit(f"error: {message}")
+
+
+@contextmanager
+def writing(path):
+    try:
+        yield
+    except OSError as e:
+        fail(f"cannot write {path}: {e.strerror or e}; free some disk space or choose another "
+             "--root (links to datasets will do there)")
+
+
+def parallel(function, jobs, title, quiet=False):
+    """[function(job) for job in jobs], on all cores; what a worker has to say surfaces here."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    bar = lambda results: list(tqdm(results, title, len(jobs), disable=quiet, leave=False))
+    if min(cores, len(jobs) // 4) < 2:                     # too little to be worth the processes
+        return bar(map(function, jobs))
+    safe = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    try:                                                   # fork itself would copy torch's threads
+        with ProcessPoolExecutor(min(cores, 32), multiprocessing.get_context(safe),
+                                 signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+            return bar(pool.map(function, jobs))
+    except BrokenProcessPool:
+        fail(f"a worker process died {title}: of what is said above, or lack of memory")
+    except KeyboardInterrupt:
+        fail(f"interrupted {title}; start again to go on")
+
+
+# ---- convex solids -------------------------------------------------------------------------------
+# World: x forward, y left, z up. Lengths are metres until `assemble` scales the whole car.
+
+class Solid(NamedTuple):
+    """A convex solid: all x with n . x <= d for every one of its k faces."""
+    n: np.ndarray          # (k, 3) outward normals
+    d: np.ndarray          # (k,)
+    corners: np.ndarray    # (m, 3)
+    colour: tuple          # rgb in [0, 1]
+    skin: int              # only to be seen where one of its first `skin` faces looks at you
+
+
+def solid(n, d, colour, skin):
+    """Drop the planes that bound nothing; find the corners: any three planes' meet, if inside."""
+    i, j, k = np.array(list(combinations(range(len(n)), 3))).T                          # (c,)
+    nij, njk, nki = np.cross(n[i], n[j]), np.cross(n[j], n[k]), np.cross(n[k], n[i])    # (c, 3)
+    det = (n[i] * njk).sum(1)                                                           # (c,)
+    ok = abs(det) > 1e-6
+    x = (d[i, None] * njk + d[j, None] * nki + d[k, None] * nij)[ok] / det[ok, None]    # (c', 3)
+    x = x[(x @ n.T < d + 1e-6).all(1)]                                                  # (m, 3)
+    used = (x @ n.T > d - 1e-6).sum(0) > 2                                              # (k,)
+    return Solid(n[used], d[used], x, colour, int(used[:skin].sum()))
+
+
+def slab(profile, half, colour=None, lean=0., y=0.):
+    """A side view [(x, z), ...] given the width y +- half, its sides leaning in as they rise."""
+    x, z = np.asarray(profile, float).T                                                 # (k,)
+    dx, dz = np.roll(x, -1) - x, np.roll(z, -1) - z                                     # (k,)
+    turn = np.sign((x * dz - z * dx).sum())                             # 1: counter-clockwise
+    n = np.r_[[[0, 1, lean], [0, -1, lean]], turn * np.stack([dz, 0 * x, -dx], 1)]      # (2+k, 3)
+    n /= np.linalg.norm(n, axis=1, keepdims=True)
+    left = np.stack([x, half - lean * (z - z.min()), z], 1)                             # (k, 3)
+    corners = np.r_[left, left * [1, -1, 1]] + [0, y, 0]                                # (2k, 3)
+    d = (n * corners[[0, len(x), *range(len(x))]]).sum(1)           # one corner of each face
+    return Solid(n, d, corners, colour, len(n))
+
+
+def box(x, y, z, colour=None):
+    (x0, x1), (y0, y1), (z0, z1) = x, y, z
+    profile = [(x0, z0), (x1, z0), (x1, z1), (x0, z1)]
+    return slab(profile, abs(y1 - y0) / 2, colour, y=(y0 + y1) / 2)
+
+
+def disc(x, z, radius, corners, half, y, colour=None):
+    angle = (np.arange(corners) + .5) * 2 * np.pi / corners
+    profile = np.stack([x + radius * np.cos(angle), z + radius * np.sin(angle)], 1)
+    return slab(profile, half, colour, y=y)
+
+
+def cut(s, chamfers):
+    """Plane corners off: along each (direction, depth) the outermost `depth` metres go."""
+    n = np.array([direction / np.linalg.norm(direction) for direction, _ in chamfers])  # (c, 3)
+    d = (s.corners @ n.T).max(0) - [depth for _, depth in chamfers]                     # (c,)
+    return solid(np.r_[s.n, n], np.r_[s.d, d], s.colour, s.skin + len(n))
+
+
+def inlay(parent, volume, colour, grow=.012):
+    """Colour the part of a parent's surface inside `volume`: their intersection, a bit proud."""
+    skin = (volume.corners @ parent.n.T > parent.d + grow).any(0)       # (k,) faces of the parent
+    edge = (parent.corners @ volume.n.T > volume.d - grow).any(0)       # (k',) and of the volume
+    return solid(np.r_[parent.n[skin], volume.n[edge]],
+                 np.r_[parent.d[skin] + grow, volume.d[edge]], colour, skin.sum())
+
+
+def trace(car, c2w, K, size, ss=3):
+    """Ray cast a car in closed form -> (size, size, 4) uint8 RGBA on white, ss x ss rays a pixel.
+
+    A ray through (u, v) meets the plane n . x = d where 1/z is affine in (u, v). It enters a convex
+    solid through the farthest plane that faces the camera, leaves by the nearest that does not,
+    and hits it if it enters first. 1/z carries the face's number in its lowest bits, so the
+    z-buffer is one maximum and remembers what was seen.
+    """
+    fx, fy, cx, cy = K
+    R, eye = c2w[:3, :3], c2w[:3, 3]
+    gap = car.d - car.n @ eye                                                # (P,)
+    gap = np.where(abs(gap) < 1e-6, 1e-6, gap)
+    facing = gap < 0                                                         # (P,) the camera
+    order = np.lexsort((~facing, car.owner))                 # (P,) each solid's facing planes first
+    to_ray = np.array([[1 / fx, 0, -cx / fx], [0, 1 / fy, -cy / fy], [0, 0, 1]])
+    plane = ((car.n @ R @ to_ray) / gap[:, None])[order].astype(np.float32)  # (P, 3): 1/z of u v 1
+    grid = ((np.arange(size * ss) + .5) / ss).astype(np.float32)             # (size ss,) pixels
+    along_u = (plane[:, :1] * grid)[:, None]                                 # (P, 1, size ss)
+    along_v = (plane[:, 1:2] * grid + plane[:, 2:])[:, :, None]              # (P, size ss, 1)
+    number = (order + 1).astype(np.int32)[:, None, None]                     # (P, 1, 1)
+
+    p = (car.corners - eye) @ R                                              # (M, 3) camera frame
+    uv = (p[:, :2] / p[:, 2:] * [fx, fy] + [cx, cy]) * ss                    # (M, 2) samples
+    first = np.floor(np.minimum.reduceat(uv, car.first_corner)).clip(0, size * ss).astype(int)
+    last = np.ceil(np.maximum.reduceat(uv, car.first_corner)).clip(0, size * ss).astype(int)
+
+    fronts = np.add.reduceat(facing, car.first[:-1], dtype=int)              # (solids,)
+    shown = np.logical_or.reduceat(facing & car.skin, car.first[:-1])        # (solids,)
+    nearest = np.zeros((size * ss, size * ss), np.float32)                   # 1/z, 0 = background
+    for i in np.flatnonzero(shown & (first < last).all(1)):
+        (u0, v0), (u1, v1), a, b = first[i], last[i], car.first[i], car.first[i + 1]
+        m = a + fronts[i]
+        enter = along_u[a:m, :, u0:u1] + along_v[a:m, v0:v1]                 # (m - a, h, w)
+        bits = enter.view(np.int32)
+        bits &= ~1023
+        bits |= number[a:m]
+        enter = enter.min(0)                                                 # (h, w)
+        leave = (along_u[m:b, :, u0:u1] + along_v[m:b, v0:v1]).max(0)        # (h, w)
+        seen = nearest[v0:v1, u0:u1]
+        np.maximum(seen, enter * (enter > leave), out=seen)
+
+    (u0, v0), (u1, v1) = first.min(0) // ss, -(-last.max(0) // ss)           # whole pixels
+    face = nearest.view(np.int32)[v0 * ss:v1 * ss, u0 * ss:u1 * ss] & 1023   # (h ss, w ss)
+    rgba = car.table.take(face, 0)                                           # (h ss, w ss, 4)
+    rgba = sum(rgba[i::ss] for i in range(ss))
+    rgba = sum(rgba[:, i::ss] for i in range(ss)) / ss ** 2                  # (h, w, 4)
+    image = np.full((size, size, 4), 255, np.uint8)
+    image[..., 3] = 0
+    image[v0:v1, u0:u1] = rgba * 255 + .5
+    return image
+
+
+# ---- procedural cars -----------------------------------------------------------------------------
+
+KINDS = {   # length width height | belt / height | cabin: rear foot, rear top, front top, front
+            # foot | clearance, wheel radius | axle to axle, rear edge of the door | extras it may
+            # have. In metres, x as a fraction of the length; each number varies by 5 %.
+    "sedan":  (4.7, 1.80, 1.45, .63, .14, .27, .56, .72, .17, .33, .58, .30, "stripes wing taxi"),
+    "hatch":  (3.9, 1.74, 1.50, .62, .02, .09, .58, .75, .17, .31, .57, .33, "stripes rails box"),
+    "wagon":  (4.7, 1.82, 1.50, .62, .01, .05, .57, .72, .17, .33, .58, .30, "rails box taxi"),
+    "suv":    (4.6, 1.90, 1.75, .62, .01, .04, .58, .71, .26, .39, .58, .32, "rails box stripes"),
+    "van":    (4.9, 1.92, 2.00, .55, .00, .02, .76, .93, .20, .34, .60, .42, "rails box taxi"),
+    "pickup": (5.2, 1.92, 1.78, .60, .40, .42, .62, .74, .28, .40, .59, .42, "stripes rails bed"),
+    "sports": (4.4, 1.88, 1.22, .66, .05, .30, .50, .70, .13, .34, .58, .33, "wing stripes"),
+    "truck":  (5.6, 2.00, 2.30, .48, .67, .67, .87, .96, .30, .41, .68, .66, "cargo"),
+}
+DOORS = {"amber": (.98, .68, .10), "blue": (.10, .32, .85)}     # one for each side, independently
+HUES = .00, .02, .05, .30, .38, .46, .52, .76, .92              # of the paint: not the doors'
+WHITE, GREY, BLACK = (.94, .94, .93), (.72, .74, .77), (.09, .09, .10)
+GLASS, LAMP, TAIL, SIGN = (.13, .16, .21), (1., .97, .80), (.80, .07, .07), (.99, .93, .35)
+LIGHT = np.array([.35, .45, .82]) / np.linalg.norm([.35, .45, .82])    # fixed in the world
+SIDES = {"left": 1, "right": -1}                                       # and the sign of y there
+
+
+def design(rng):
+    """Every choice that makes one car: what attributes.json holds."""
+    U = rng.uniform
+    pick = lambda options: options[rng.integers(len(options))]
+    c = SimpleNamespace(kind=pick(list(KINDS)), doors={side: pick(list(DOORS)) for side in SIDES})
+    *sizes, extras = KINDS[c.kind]
+    (c.length, c.width, c.height, belt, *cabin, c.clearance, c.wheel, wheelbase, door
+     ) = (np.array(sizes) * U(.95, 1.05, 12)).tolist()
+    c.rear_foot, c.rear_top, c.front_top, c.front_foot, c.door, c.rear_axle, c.front_axle = [
+        (x - .5) * c.length for x in (*cabin, door, .19, .19 + wheelbase)]
+    c.belt = belt * c.height                                    # where the windows begin
+    c.hood = c.belt - U(.07, .16) * (2 if c.height > 1.85 else 1)
+    c.tail = c.belt - U(.00, .06)
+    c.round, c.shoulder, c.tuck = U(.08, .22), U(.05, .10), U(.06, .12)        # cut off the body
+    c.lean, c.pillar, c.lamp, c.spokes = U(.18, .30), U(.10, .14), U(.09, .14), pick([5, 6, 8, 14])
+    c.paint = (pick([.95, .78, .50, .24]),) * 3 if U(0, 1) < .3 else hsv_to_rgb(
+        pick(HUES) + U(0, .015), U(.55, .85), U(.45, .90))
+    c.second = BLACK if min(c.paint) > .7 else WHITE
+    c.roof = c.second if U(0, 1) < .2 else c.paint
+    c.sill = BLACK if U(0, 1) < .4 else c.paint
+    c.extra = pick(["none", *extras.split()])
+    return c
+
+
+def body(c):
+    """The lower half, and what is drawn on it."""
+    nose, rear, half, low = c.length / 2, -c.length / 2, c.width / 2, c.clearance
+    hull = slab([(rear + .06, low), (nose - .1, low), (nose, low + .18), (nose - .02, c.hood - .14),
+                 (nose - .12, c.hood - .02), (c.front_foot, c.belt),
+                 (max(c.rear_foot, rear + .3), c.belt), (rear + .06, c.tail - .01),
+                 (rear, c.tail - .1), (rear, low + .15)], half, c.paint, lean=.02)
+    hull = cut(hull, [((x, 1.2 * y, 0), c.round) for x in (-1, 1) for y in (-1, 1)]
+               + [((0, y, .9), c.shoulder) for y in (-1, 1)]
+               + [((0, y, -.55), c.tuck) for y in (-1, 1)])
+    front, back = (nose - .3, 9), (-9, rear + .2)
+    parts = [hull, inlay(hull, box((-9, 9), (-9, 9), (0, low + .16)), c.sill),
+             inlay(hull, box(front, (-half * .55, half * .55), (low + .12, low + .3)), BLACK, .014),
+             inlay(hull, box(front, (-.26, .26), (low + .16, low + .26)), WHITE, .02),
+             inlay(hull, box(back, (-.26, .26), (low + .22, low + .33)), WHITE, .02)]
+    for s in SIDES.values():
+        y, z0, z1 = (s * half * .56, s * 9), c.hood - .1 - c.lamp, c.tail - .12 - c.lamp
+        parts += [inlay(hull, box(front, y, (z0, c.hood - .08)), LAMP, .015),
+                  inlay(hull, box(back, y, (z1, c.tail - .10)), TAIL, .015)]
+    return parts
+
+
+def wheels_and_doors(c, hull):
+    parts, r, y = [], c.wheel, c.width / 2 - .105               # y: the middle of a wheel
+    for side, s in SIDES.items():
+        for x in (c.rear_axle, c.front_axle):
+            tyre = disc(x, r, r, 16, .11, s * y, BLACK)
+            parts += [inlay(hull, disc(x, r, 1.2 * r, 14, .4, s * c.width / 2), BLACK, .013), tyre,
+                      inlay(tyre, disc(x, r, .66 * r, c.spokes, .1, s * (y + .1)), GREY, .005),
+                      inlay(tyre, disc(x, r, .20 * r, 6, .1, s * (y + .1)), BLACK, .01)]
+        x, out = (c.door, c.front_axle - 1.3 * r), (s * .6, s * 9)
+        door = box(x, out, (c.clearance + .1, c.belt - .03))
+        grip = box((c.door + .12, c.door + .3), out, (c.belt - .2, c.belt - .15))
+        parts += [inlay(hull, door, DOORS[c.doors[side]]), inlay(hull, grip, BLACK, .03)]
+    return parts
+
+
+def cabin(c):
+    half, foot, top, middle = c.width / 2 - .07, c.belt - .02, c.height - .05, c.rear_top + .3
+    shell = slab([(c.rear_foot, foot), (c.rear_top, top), (c.rear_top + .10, c.height),
+                  (c.front_top - .14, c.height), (c.front_top, top), (c.front_foot, foot)],
+                 half, c.roof, c.lean)
+    shell = cut(shell, [((0, y, 1), .05) for y in (-1, 1)])
+    parts = [shell]
+    z0, z1 = c.belt + .04, c.height - .10                       # of the glass
+    up = (np.array([z0, z1]) - foot) / (top - foot)             # (2,) along the slanted pillars
+    a = c.rear_foot + (c.rear_top - c.rear_foot) * up + c.pillar        # (2,) x of its rear edge,
+    b = c.front_foot + (c.front_top - c.front_foot) * up - c.pillar     # (2,) of its front edge
+    posts = np.linspace(a[0], b[0], max(2, int((b[0] - a[0]) / 1.05) + 1))[1:-1, None] + [0, 0]
+    for l, r in zip([a, *(posts + .035)], [*(posts - .035), b]):
+        window = [(l[0], z0), (r[0], z0), (r[1], z1), (l[1], z1)]
+        parts += [inlay(shell, slab(window, .4, None, y=s * half), GLASS) for s in SIDES.values()]
+    for x in (9, -9):                                           # windscreen, rear window
+        pane = [(middle, z0), (x, z0), (x, z1), (middle, z1)]
+        parts.append(inlay(shell, slab(pane, half - .12, None, c.lean), GLASS))
+    x, z = (b[0] - .11, b[0] + .03), (z0, z0 + .13)             # and mirrors
+    return parts + [box(x, (s * half, s * (half + .18)), z, BLACK) for s in SIDES.values()]
+
+
+def extras(c, hull, shell):
+    """What makes kinds, and cars of a kind, differ."""
+    half, rear, top, middle = c.width / 2, -c.length / 2, c.height, (c.rear_top + c.front_top) / 2
+    parts, both = [], SIDES.values()
+    if c.kind == "truck":
+        x, z = (rear + .02, c.rear_foot - .05), (c.belt - .25, top + .15)
+        parts.append(box(x, (-half, half), z, c.second))
+    if c.kind == "pickup":                                          # the bed: a floor, three walls
+        x, z, wall = (rear + .03, c.rear_foot), (c.belt - .1, c.belt + .12), half - .13
+        parts += [inlay(hull, box((rear + .12, x[1] - .06), (-wall, wall), (0, 9)), BLACK),
+                  box((x[0], x[0] + .09), (-wall, wall), z, c.paint)]
+        parts += [box(x, (s * (wall - .06), s * (wall + .06)), z, c.paint) for s in both]
+    if c.extra == "wing":
+        x, z = rear - .02, c.belt + .2
+        wing = [(x, z - .02), (x + .3, z - .06), (x + .3, z - .01), (x, z + .05)]
+        parts += [box((x + .10, x + .22), (s * half * .55, s * half * .65), (z - .3, z), BLACK)
+                  for s in both] + [slab(wing, half * .86, c.roof)]
+    if c.extra == "rails":
+        x, z = (c.rear_top + .1, c.front_top - .2), (top - .01, top + .09)
+        parts += [box(x, (s * .44, s * .52), z, GREY) for s in both]
+    if c.extra in ("box", "taxi"):
+        shape, wide, colour = dict(
+            box=([(-.75, 0), (.6, 0), (.8, .12), (.5, .3), (-.7, .3)], .38, c.second),
+            taxi=([(-.1, 0), (.1, 0), (.06, .2), (-.06, .2)], .34, SIGN))[c.extra]
+        parts.append(slab(np.array(shape) + [middle, top], wide, colour, lean=.2))
+    if c.extra == "stripes":
+        over = BLACK if c.roof == WHITE else c.second
+        for y in [(s * .08, s * .30) for s in both]:
+            parts += [inlay(hull, box((c.front_foot - .1, 9), y, (c.clearance + .3, 9)), c.second),
+                      inlay(shell, box((-9, 9), y, (top - .04, 9)), over)]
+    return parts
+
+
+def assemble(c):
+    """A design -> one stack of planes, the bounding box centred on the origin with diagonal 1."""
+    lower, upper = body(c), cabin(c)
+    parts = lower + wheels_and_doors(c, lower[0]) + upper + extras(c, lower[0], upper[0])
+    n = np.concatenate([s.n for s in parts])                                        # (P, 3)
+    corners = np.concatenate([s.corners for s in parts])                            # (M, 3)
+    lo, hi = corners.min(0), corners.max(0)
+    scale, centre = 1 / np.linalg.norm(hi - lo), (lo + hi) / 2
+    faces, points = [len(s.n) for s in parts], [len(s.corners) for s in parts]
+    light = .50 + .14 * n[:, 2] + .46 * (n @ LIGHT).clip(0)                         # (P,) Lambert
+    rgb = np.repeat([s.colour for s in parts], faces, 0) * light[:, None]           # (P, 3)
+    table = np.r_[[[1, 1, 1, 0]], np.c_[rgb.clip(0, 1), np.ones(len(n))]]           # (1+P, 4)
+    return SimpleNamespace(
+        n=n, d=(np.concatenate([s.d for s in parts]) - n @ centre) * scale,
+        corners=(corners - centre) * scale, table=table.astype(np.float32),
+        first=np.cumsum([0] + faces), first_corner=np.cumsum([0] + points)[:-1],
+        owner=np.repeat(np.arange(len(parts)), faces),
+        skin=np.concatenate([np.arange(len(s.n)) < s.skin for s in parts]))
+
+
+# ---- a procedural dataset in the SRN layout ------------------------------------------------------
+
+def look_at_origin(direction, radius=1.3):
+    """(3,) unit vector -> (4, 4) camera-to-world, OpenCV: x right, y down, z forward; z is up."""
+    right = np.cross(-direction, [0, 0, 1])
+    right /= np.linalg.norm(right)
+    c2w = np.eye(4)
+    c2w[:3] = np.stack([right, np.cross(-direction, right), -direction, radius * direction], 1)
+    return c2w
+
+
+def cameras(split, rng):
+    """Train: 50 views, uniform on the upper hemisphere. Else 251 on a spiral up from 8 to 80
+    degrees in 8 turns, whose view 64 sees front, left and roof from 26 degrees."""
+    if split == "train":
+        z, azimuth = rng.uniform(0, .99, 50), rng.uniform(0, 2 * np.pi, 50)         # (50,)
+    else:
+        i = np.arange(251)
+        z = np.sin(np.radians(8 + 72 * i / 250))                                    # (251,)
+        azimuth = np.radians(50) + 2 * np.pi * 8 * (i - SOURCE_VIEW) / 250          # (251,)
+    r = np.sqrt(1 - z ** 2)
+    return [look_at_origin(p) for p in np.stack([r * np.cos(azimuth), r * np.sin(azimuth), z], 1)]
+
+
+def write_car(job):
+    """Car i of a split, from seed, split and i alone; its folder appears whole or not at all."""
+    folder, seed, split, i = job
+    rng = np.random.default_rng([seed, SPLITS.index(split), i])
+    design_ = design(rng)
+    car, final = assemble(design_), folder / f"{split}_{i:05d}"
+    part = folder / f".{final.name}"
+    with writing(final):
+        shutil.rmtree(part, ignore_errors=True)
+        (part / "rgb").mkdir(parents=True)
+        (part / "pose").mkdir()
+        (part / "intrinsics.txt").write_text("131.25 64. 64. 0.\n0. 0. 0.\n1.\n128 128\n")
+        (part / "attributes.json").write_text(json.dumps(vars(design_), indent=1) + "\n")
+        for v, c2w in enumerate(cameras(split, rng)):
+            picture = Image.fromarray(trace(car, c2w, (131.25, 131.25, 64, 64), 128))
+            picture.save(part / "rgb" / f"{v:06d}.png", compress_level=1)
+            text = " ".join(f"{x:.9g}" for x in c2w.ravel())
+            (part / "pose" / f"{v:06d}.txt").write_text(text + "\n")
+        part.rename(final)
+
+
+def generate(folder, n_train, n_test, seed, quiet):
+    """Add the cars that are missing; procedural.json says which set this is."""
+    note, wanted = folder / "procedural.json", {"train": n_train, "test": n_test}
+    about = found = {"generator": "data.py", "version": VERSION, "seed": seed}
+    if note.exists():
+        found = json.loads(note.read_text())
+        if {**found, **about} != found:
+            fail(f"{note}: these cars have seed {found.get('seed')}, version {found.get('version')}"
+                 f", not {seed}, {VERSION}; delete {folder} or choose another --root")
+    jobs = [(folder / f"cars_{split}", seed, split, i) for split, n in wanted.items()
+            for i in range(n) if not (folder / f"cars_{split}" / f"{split}_{i:05d}").exists()]
+    if jobs:
+        counts = {split: max(n, found.get(split, 0)) for split, n in wanted.items()}
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            note.with_suffix(".part").write_text(json.dumps({**about, **counts}, indent=1) + "\n")
+            note.with_suffix(".part").rename(note)
+        parallel(write_car, jobs, f"making cars in {folder}", quiet)
+
+
+# ---- reading the SRN layout ----------------------------------------------------------------------
+
+def find(root, dataset):
+    """-> {split: its folder}, is it procedural. The real set comes before the procedural one."""
+    root, own, real = Path(root), Path(root) / dataset, Path(root) / f"srn_{dataset}"
+    bases = [real / real.name, real, root, own, own / dataset, own / real.name]
+    for base in sorted(bases, key=lambda base: (base / "procedural.json").exists()):
+        folders = {}
+        for split in SPLITS:
+            for name in (f"{dataset}_{split}", f"{dataset}_2.0_{split}", split):
+                if (base / name).is_dir() and base / name != root / split:   # that may be anyone's
+                    folders.setdefault(split, base / name)
+        if folders:
+            return folders, (base / "procedural.json").exists()
+    return {}, (own / "procedural.json").exists()            # begun, but not one car made yet
+
+
+def missing(root, dataset):
+    fail(f"no {dataset} in {root}: expected {root}/srn_{dataset}/{dataset}_{{train,test}}/<object>/"
+         f"{{intrinsics.txt, rgb/*.png, pose/*.txt}}; {SOURCES} and unpack srn_{dataset}.zip there")
+
+
+def scan(folder):
+    """One pass over a split's files -> {object: its views' names}, and a stamp of all names, sizes
+    and times, by which a packed file is known to be out of date."""
+    objects, stamp = {}, hashlib.sha256()
+    for item in sorted(e.path for e in os.scandir(folder) if e.is_dir() and e.name[0] != "."):
+        stems = []                                             # of intrinsics, of rgb, of pose
+        for kind, end in (("", "intrinsics.txt"), ("rgb", ".png"), ("pose", ".txt")):
+            path = os.path.join(item, kind)
+            files = sorted((e.name, (stat := e.stat()).st_size, stat.st_mtime_ns)
+                           for e in os.scandir(path) if e.name.endswith(end)
+                           ) if os.path.isdir(path) else []
+            if not files:
+                fail(f"{path}: no {end} in it; an object has intrinsics.txt, rgb/*.png and "
+                     "pose/*.txt: unpack it again or remove it")
+            stamp.update(repr((os.path.basename(item), files)).encode())
+            stems.append([name[:-4] for name, _, _ in files])
+        for odd in sorted(set(stems[1]) ^ set(stems[2])):
+            fail(f"{item}: of rgb/{odd}.png and pose/{odd}.txt there is only one; "
+                 "unpack it again or remove it")
+        objects[item] = stems[1]
+    if not objects:
+        fail(f"{folder}: no objects in it; unpack the split again or remove the empty folder")
+    return objects, stamp.hexdigest()[:12]
+
+
+def numbers(path, what):
+    """All the numbers of a text file, finite."""
+    try:
+        values = np.array(path.read_text().split(), np.float64)
+    except (OSError, ValueError) as e:
+        fail(f"{path}: not {what} ({e}); unpack the object again or remove it")
+    if not np.isfinite(values).all():
+        fail(f"{path}: not {what} (some are not finite); unpack the object again or remove it")
+    return values
+
+
+def read_intrinsics(path, size):
+    """f cx cy 0 / ... / height width -> (4,) fx fy cx cy in pixels of a `size` image."""
+    layout = "intrinsics, `f cx cy 0.` first and `height width` last"
+    values = numbers(path, layout)
+    (f, cx, cy), (h, w) = (values[:3], values[-2:]) if len(values) > 5 else ((0, 0, 0), (0, 0))
+    if min(f, h, w) <= 0 or not (0 <= cx <= w and 0 <= cy <= h):
+        fail(f"{path}: not {layout}, that fit together; unpack the object again or remove it")
+    return np.array([f / w, f / h, cx / w, cy / h]) * size
+
+
+def read_pose(path):
+    """16 numbers, row-major -> (4, 4) camera-to-world, OpenCV axes."""
+    layout = "a pose: a rigid 4 x 4 camera-to-world of 16 numbers, the last row 0 0 0 1"
+    m = numbers(path, layout)                                                # (16,)
+    m = m.reshape(4, 4) if len(m) == 16 else np.zeros((4, 4))
+    R = m[:3, :3]
+    if abs(R @ R.T - np.eye(3)).max() > 1e-3 or np.linalg.det(R) < 0 or any(m[3] != [0, 0, 0, 1]):
+        fail(f"{path}: not {layout}; unpack the object again or remove it")
+    return m
+
+
+def read_image(path, size, background):
+    """-> (3, size, size) uint8 on the background, and the side it had in the file."""
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith("I"):                                   # 16-bit grey
+                image = Image.fromarray((np.asarray(image) / 257 + .5).astype(np.uint8))
+            rgba = np.asarray(image.convert("RGBA"))                         # (h, w, 4) uint8
+    except Exception as e:                               # Pillow raises whatever its decoders do
+        fail(f"{path}: not a readable image ({e}); copy it again or remove the object")
+    side, rgb, alpha = len(rgba), rgba[..., :3], rgba[..., 3:]
+    if rgba.shape[1] != side:
+        fail(f"{path}: {rgba.shape[1]} x {side} is not square; crop it and adapt intrinsics.txt")
+    # SRN's RGB is composited already and its alpha but the mask: twice would leave halos. A colour
+    # composited on black or white is no farther from it than alpha; if one is, do it here.
+    behind = (255 * np.array(background)).astype(np.int16)                   # (3,)
+    if (abs(rgb - behind) > alpha + np.int16(2)).any():
+        rgb = (behind + (rgb - behind) * (alpha / 255) + .5).astype(np.uint8)
+    image = Image.fromarray(np.ascontiguousarray(rgb))
+    if side != size:   # whole pixels to one: their mean, as a camera of that size would see them
+        image = image.resize((size, size), Image.Resampling.BOX if side % size == 0
+                             else Image.Resampling.LANCZOS)
+    return np.asarray(image).transpose(2, 0, 1), side
+
+
+def read_object(job):
+    """Read one object, write its images into the packed file -> poses, K, checksum, sides."""
+    folder, names, size, background, packed, offset = job
+    folder = Path(folder)
+    K = read_intrinsics(folder / "intrinsics.txt", size)                     # (4,)
+    c2w = np.stack([read_pose(folder / "pose" / f"{n}.txt") for n in names])          # (V, 4, 4)
+    images, sides = zip(*[read_image(folder / "rgb" / f"{n}.png", size, background) for n in names])
+    raw = np.stack(images).tobytes()                                         # V x 3 x size x size
+    with writing(packed), open(packed, "r+b") as file:
+        file.seek(offset)
+        file.write(raw)
+    return c2w.astype(np.float32), K.astype(np.float32), zlib.crc32(raw, zlib.crc32(c2w)), sides
+
+
+# ---- one packed file per split and size ----------------------------------------------------------
+
+@dataclass
+class Views:
+    """One split, everything a batch is cut from: M views of O objects."""
+    images: torch.Tensor   # (M, 3, S, S) uint8, memory-mapped
+    c2w: torch.Tensor      # (M, 4, 4) camera-to-world, OpenCV
+    K: torch.Tensor        # (M, 4) fx fy cx cy in pixels
+    start: torch.Tensor    # (O+1,) int64, stays on the CPU: object o owns views start[o]:start[o+1]
+    names: list            # O instance names
+    meta: dict             # dataset split size near far background procedural fingerprint root
+
+    def __len__(self):
+        return len(self.names)
+
+    def to(self, device):
+        return replace(self, images=self.images.to(device), c2w=self.c2w.to(device),
+                       K=self.K.to(device))
+
+
+def pack(objects, packed, index, size, background, title, quiet):
+    """Read a split into two files, images and all else, which appear whole or not at all."""
+    count = np.array([len(names) for names in objects.values()])             # (O,)
+    start = np.r_[0, count.cumsum()]                                         # (O+1,)
+    part, stem = packed.with_suffix(".part"), packed.stem[:-12]
+    with writing(part):
+        part.parent.mkdir(parents=True, exist_ok=True)
+        for old in part.parent.glob(f"{stem}*"):                 # of files that have changed since
+            old.unlink()
+        part.write_bytes(b"")
+    jobs = [(folder, names, size, background, part, int(first) * 3 * size ** 2)
+            for (folder, names), first in zip(objects.items(), start)]
+    c2w, K, checks, sides = zip(*parallel(read_object, jobs, title, quiet))
+    files = [f"{folder}/rgb/{n}.png" for folder, names in objects.items() for n in names]
+    for file, side in zip(files, np.concatenate(sides)):
+        if side != sides[0][0]:
+            fail(f"{file}: {side} pixels wide, unlike {files[0]} with {sides[0][0]}; a split has "
+                 "one size: remove the object or resize its images")
+    with writing(packed):
+        part.rename(packed)
+        with open(part, "wb") as file:
+            np.savez(file, c2w=np.concatenate(c2w), K=np.repeat(K, count, 0), start=start,
+                     names=[Path(folder).name for folder in objects], checks=np.array(checks))
+        part.rename(index)
+
+
+def load(root, dataset, split, size, limit=None, quiet=False):
+    """One split's Views, its first `limit` objects; packs them first if that is not yet done."""
+    folders, procedural = find(root, dataset)
+    if split not in folders:
+        missing(root, dataset)
+    about = DATASETS[dataset]
+    objects, stamp = scan(folders[split])
+    stem = Path(root) / ".cache" / f"{dataset}_{split}_{size}_{stamp}"
+    packed, index = Path(f"{stem}.u8"), Path(f"{stem}.npz")
+    views = sum(map(len, objects.values()))
+    if not (index.exists() and packed.exists() and packed.stat().st_size == views * 3 * size ** 2):
+        pack(objects, packed, index, size, about["background"], f"packing {folders[split]}", quiet)
+    with np.load(index, allow_pickle=False) as side:
+        side = dict(side)
+    start = side["start"][:limit + 1 if limit else None]                     # (O+1,)
+    M, O = int(start[-1]), len(start) - 1
+    # "c", copy on write: torch wants writable memory, and nothing must ever reach the file
+    images = np.memmap(packed, np.uint8, "c", shape=(M, 3, size, size))
+    tensors = map(torch.from_numpy, (images, side["c2w"][:M], side["K"][:M], start))
+    return Views(*tensors, side["names"][:O].tolist(), dict(
+        dataset=dataset, split=split, size=size, **about, procedural=procedural,
+        fingerprint=hashlib.sha256(side["checks"][:O].tobytes()).hexdigest()[:12],
+        root=str(folders[split].parent)))
+
+
+def prepare(dataset, root="data", size=128, n_train=200, n_test=24, seed=0, quiet=False):
+    """-> {split: Views}, of the splits that are there. Where there are no cars, procedural ones are
+    made, and it says so; n_train, n_test and seed are theirs."""
+    if dataset not in DATASETS:
+        fail(f"unknown dataset {dataset!r}: known are {', '.join(DATASETS)}; for another, add a "
+             "line to DATASETS in data.py and lay out its files as that file's first lines say")
+    say = (lambda line: None) if quiet else (lambda line: print(line, flush=True))
+    own, limits = Path(root) / dataset, {}
+    folders, procedural = find(root, dataset)
+    if procedural or dataset == "cars" and not folders and not list(own.glob("*/")):
+        say(f"data: procedural cars in {own} (seed {seed}), not ShapeNet")
+        say(f"      for the real ones {SOURCES} and unpack srn_cars.zip in {root}/")
+        generate(own, n_train, n_test, seed, quiet)
+        folders, limits = find(root, dataset)[0], dict(train=n_train, test=n_test)
+    elif folders:
+        beside = "; the procedural ones beside it are not used" * (own / "procedural.json").exists()
+        say(f"data: {dataset} in {folders[min(folders)].parent}{beside}")
+    else:
+        missing(root, dataset)
+    return {split: load(root, dataset, split, size, limits.get(split), quiet) for split in folders}
+
+
+# ---- batches -------------------------------------------------------------------------------------
+
+def draw(views, batch, n_views, generator):
+    """Random objects (B,) and V distinct random views of each (B, V), the first the source view."""
+    first, count = views.start[:-1], views.start.diff()                      # (O,) (O,)
+    objects = torch.randint(len(views), (batch,), generator=generator)       # (B,)
+    order = torch.rand(batch, int(count.max()), generator=generator)         # (B, most views)
+    own = torch.arange(order.shape[1]) < count[objects, None]                # (B, most views)
+    order = order.masked_fill(~own, 2).argsort(1)                            # own views first
+    pick = torch.arange(n_views) % count[objects, None]                      # too few: again
+    return objects, first[objects, None] + order.gather(1, pick)             # (B,) (B, V)
+
+
+def gather(views, index):
+    """(B, V) -> images (B, V, 3, S, S) in [0, 1] and cameras relative to each first view."""
+    x = views.images[index].float() / 255                                    # (B, V, 3, S, S)
+    c2w = views.c2w[index]                                                   # (B, V, 4, 4)
+    move = torch.cat([c2w[:, :1, :3, :3].expand_as(c2w[..., :3, :3]),        # [R_src | t_src - t]
+                      c2w[:, :1, :3, 3:] - c2w[..., :3, 3:]], -1)            # (B, V, 3, 4)
+    w2c = torch.eye(4, device=c2w.device).repeat(*index.shape, 1, 1)         # (B, V, 4, 4)
+    # R^T [R_src | t_src - t], summed by hand: a TF32 matmul would round poses to three digits
+    w2c[:, 1:, :3] = (c2w[..., :3, :3].mT[..., None] * move[..., None, :, :]).sum(-2)[:, 1:]
+    return x, Camera(w2c, views.K[index], (views.meta["size"],) * 2)
+
+
+# ---- python data.py cars -------------------------------------------------------------------------
+
+def contact_sheet(splits, columns=10, rows=6):
+    """A few objects of each split, one per row, views evenly apart -> an image."""
+    lines = []
+    for views in splits.values():
+        for o in np.linspace(0, len(views) - 1, min(rows, len(views))).astype(int):
+            v = np.linspace(*(views.start[o:o + 2].numpy() - [0, 1]), columns).astype(int)
+            lines.append(torch.cat(list(views.images[torch.from_numpy(v)]), -1))     # (3, S, 10 S)
+    return Image.fromarray(torch.cat(lines, 1).permute(1, 2, 0).numpy())
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Prepare a dataset and say what it holds.")
+    parser.add_argument("dataset", help=", ".join(DATASETS))
+    parser.add_argument("--root", default="data", help="folder of datasets")
+    parser.add_argument("--size", default=128, type=int, help="pixels")
+    parser.add_argument("--instances_train", default=200, type=int, help="procedural cars to make")
+    parser.add_argument("--instances_test", default=24, type=int)
+    parser.add_argument("--seed", default=0, type=int, help="of the procedural cars")
+    a = parser.parse_args()
+    splits = prepare(a.dataset, a.root, a.size, a.instances_train, a.instances_test, a.seed)
+    for split, views in splits.items():
+        f, _, cx, cy = views.K[0].tolist()
+        print(f"{split:>6}: {len(views)} objects, {len(views.images)} views of {a.size} x {a.size},"
+              f" focal {f:.2f}, centre {cx:.2f} {cy:.2f} pixels, id {views.meta['fingerprint']}")
+    about = next(iter(splits.values())).meta
+    print(f"depths {about['near']} to {about['far']}, background {about['background']}, "
+          + ("procedural" if about["procedural"] else "not procedural"))
+    path = Path("out") / a.dataset / "data.png"
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        contact_sheet(splits).save(path)
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,347 @@
+"""The splat image, the U-Net, and the diffusion that turns noise into splats.
+
+    s      (B, 24, H, W) splat image: one Gaussian per pixel of the source view. *Raw* as a network
+           emits it, *normalised* where diffusion happens.
+    g      the Gaussians that are rendered; `splats_to_gaussians` is the only way from s to g.
+
+The paper fixes T = 100, t* = 20, DDIM with 10 steps and, by its equations, the prediction of the
+clean splats (x0). It is silent on the noise schedule, on the space that is noised and on how the
+image enters; those are our choices and are marked so. Nothing here renders, optimises or reads data.
+"""
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rasterize import Gaussians
+
+# ---- the splat image -----------------------------------------------------------------------------
+# Layout, activations and initial gains of Splatter Image (its cars), so that its weights will load.
+#   name    channels   becomes                               gain, bias of the last 1x1 convolution
+SPLAT = {
+    "depth":   (1,  # near + (far - near) sigmoid             z-depth along the pixel's ray
+                1.0, 0.0),
+    "offset":  (3,  # added in the camera's frame             world units
+                1e-6, 0.0),
+    "opacity": (1,  # sigmoid
+                1e-3, -3.0),
+    "scale":   (3,  # exp                                     world units; starts at about 2 pixels
+                1e-3, math.log(0.02)),
+    "quat":    (4,  # normalised                              w x y z
+                1.0, 0.0),
+    "dc":      (3,  # SH degree 0
+                5.0, 0.0),
+    "sh1":     (9,  # SH degree 1                             3 basis functions x rgb
+                0.0, 0.0),
+}
+WIDTHS = [width for width, _, _ in SPLAT.values()]
+S = sum(WIDTHS)                      # 24 channels
+QUAT = slice(8, 12)
+
+
+def splats_to_gaussians(raw, K, near, far):
+    """Raw splat image -> Gaussians in the frame of the camera whose pixels it covers.
+
+    raw (B, 24, H, W); K (B, 4) fx, fy, cx, cy in pixels; near, far world units.
+    Gaussian n = row * W + column has centre ray(pixel) * depth + offset.
+    """
+    B, _, H, W = raw.shape
+    depth, offset, opacity, scale, quat, dc, sh1 = raw.flatten(2).mT.split(WIDTHS, -1)  # (B, N, c)
+    fx, fy, cx, cy = K[:, :, None].unbind(1)                                  # (B, 1)
+    v, u = torch.meshgrid(torch.arange(H, device=raw.device) + 0.5,
+                          torch.arange(W, device=raw.device) + 0.5, indexing="ij")   # (H, W) pixels
+    x, y = (u.flatten() - cx) / fx, (v.flatten() - cy) / fy                   # (B, N)
+    ray = torch.stack([x, y, torch.ones_like(x)], -1)                         # (B, N, 3), z = 1
+    xyz = ray * (near + (far - near) * depth.sigmoid()) + offset              # (B, N, 3)
+    sh = torch.cat([dc, sh1], -1).unflatten(-1, (4, 3))                       # (B, N, 4, 3)
+    return Gaussians(xyz, scale.exp(), F.normalize(quat, dim=-1), opacity[..., 0].sigmoid(), sh)
+
+
+def canonical(raw):
+    """Quaternions to unit length and w >= 0. Length and sign turn nothing, so noise and losses
+    should not see them."""
+    q = F.normalize(raw[:, QUAT], dim=1)                                      # (B, 4, H, W)
+    q = torch.where(q[:, :1] < 0, -q, q)
+    return torch.cat([raw[:, :QUAT.start], q, raw[:, QUAT.stop:]], 1)
+
+
+def normalise(raw, stats):
+    """Raw -> the space that is noised: zero mean, unit deviation per channel over the teacher's
+    outputs (our choice: raw channels differ in size by orders of magnitude). stats (2, 24)."""
+    mean, std = stats[:, None, :, None, None]                                 # (1, 24, 1, 1) each
+    return (canonical(raw) - mean) / std
+
+
+def denormalise(s, stats):
+    """Normalised -> raw, the inverse of `normalise` up to the length and sign of quaternions."""
+    mean, std = stats[:, None, :, None, None]                                 # (1, 24, 1, 1) each
+    return s * std + mean
+
+
+# ---- U-Net ---------------------------------------------------------------------------------------
+# DDPM++ as Song et al. 2021 describe it, with the names and shapes of Splatter Image's checkpoints.
+# Left out: dropout (0.1 there; our runs see too few epochs to need it).
+
+@dataclass
+class ModelConfig:
+    size: int = 128              # pixels, images and splat images alike
+    width: int = 128             # channels of the first level
+    mult: tuple = (1, 2, 2, 2)   # channels of each level / width; every level halves the size
+    blocks: int = 4              # residual blocks a level
+    attn: int = 16               # resolution that attends to itself
+    near: float = 0.8            # world units, range of the depth channel
+    far: float = 1.8
+
+
+def xavier(layer, gain=1.0):
+    nn.init.xavier_uniform_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def group_norm(channels):
+    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+
+
+class Block(nn.Module):
+    """norm, SiLU, convolution, twice; time added between; the shortcut; then perhaps attention."""
+
+    def __init__(self, c_in, c_out, emb=0, resample=None, attention=False):
+        super().__init__()
+        self.resample = resample                                              # None, "up", "down"
+        self.norm0, self.norm1 = group_norm(c_in), group_norm(c_out)
+        self.conv0 = xavier(nn.Conv2d(c_in, c_out, 3, padding=1))
+        self.conv1 = xavier(nn.Conv2d(c_out, c_out, 3, padding=1), 1e-5)      # block starts as shortcut
+        self.skip = xavier(nn.Conv2d(c_in, c_out, 1)) if c_in != c_out or resample else None
+        self.affine = xavier(nn.Linear(emb, c_out)) if emb else None
+        self.norm2 = group_norm(c_out) if attention else None
+        self.qkv = xavier(nn.Conv2d(c_out, 3 * c_out, 1), 0.2 ** 0.5) if attention else None
+        self.proj = xavier(nn.Conv2d(c_out, c_out, 1), 1e-5) if attention else None
+
+    def resized(self, x):
+        if self.resample == "down":
+            return F.avg_pool2d(x, 2)
+        return F.interpolate(x, scale_factor=2.0) if self.resample == "up" else x
+
+    def forward(self, x, emb=None):
+        h = self.conv0(self.resized(F.silu(self.norm0(x))))                   # (B, c_out, H', W')
+        if emb is not None:
+            h = h + self.affine(emb)[:, :, None, None]
+        h = self.conv1(F.silu(self.norm1(h)))                                 # (B, c_out, H', W')
+        x = ((self.skip(self.resized(x)) if self.skip else x) + h) * 0.5 ** 0.5   # keeps the variance
+        if self.qkv:
+            B, C, H, W = x.shape
+            qkv = self.qkv(self.norm2(x)).view(B, C, 3, H * W)                # q, k, v interleaved
+            q, k, v = qkv.permute(2, 0, 3, 1)                                 # (B, HW, C) each, one head
+            h = F.scaled_dot_product_attention(q, k, v).mT.view(B, C, H, W)
+            x = (x + self.proj(h)) * 0.5 ** 0.5
+        return x
+
+
+class UNet(nn.Module):
+    """(B, c_in, H, W) -> (B, 24, H, W) raw splats; with `time`, also a function of t (B,)."""
+
+    def __init__(self, cfg, c_in=3, time=False):
+        super().__init__()
+        emb = 4 * cfg.width if time else 0
+        self.width = cfg.width
+        if time:
+            self.map_layer0, self.map_layer1 = xavier(nn.Linear(cfg.width, emb)), xavier(nn.Linear(emb, emb))
+        res = [cfg.size >> level for level in range(len(cfg.mult))]           # finest first
+        chan = [cfg.width * m for m in cfg.mult]
+
+        self.enc, skips, c = nn.ModuleDict(), [], c_in                        # skips: channels kept
+        for level, (r, c_out) in enumerate(zip(res, chan)):
+            if level == 0:
+                self.enc[f"{r}x{r}_conv"] = xavier(nn.Conv2d(c, cfg.width, 3, padding=1))
+                c = cfg.width
+            else:
+                self.enc[f"{r}x{r}_down"] = Block(c, c, emb, "down")
+            skips.append(c)
+            for i in range(cfg.blocks):
+                self.enc[f"{r}x{r}_block{i}"] = Block(c, c_out, emb, attention=r == cfg.attn)
+                c = c_out
+                skips.append(c)
+
+        self.dec = nn.ModuleDict()
+        for level, (r, c_out) in reversed(list(enumerate(zip(res, chan)))):
+            if level == len(res) - 1:
+                self.dec[f"{r}x{r}_in0"] = Block(c, c, emb, attention=r == cfg.attn)
+                self.dec[f"{r}x{r}_in1"] = Block(c, c, emb)
+            else:
+                self.dec[f"{r}x{r}_up"] = Block(c, c, emb, "up")
+            for i in range(cfg.blocks + 1):
+                last = i == cfg.blocks
+                self.dec[f"{r}x{r}_block{i}"] = Block(c + skips.pop(), c_out, emb,
+                                                      attention=last and r == cfg.attn)
+                c = c_out
+        self.aux_norm = group_norm(c)
+        self.aux_conv = xavier(nn.Conv2d(c, S, 3, padding=1), 0.2)
+        self.out = nn.Conv2d(S, S, 1)
+        rows = zip(self.out.weight.split(WIDTHS), self.out.bias.split(WIDTHS), SPLAT.values())
+        with torch.no_grad():
+            for weight, bias, (_, gain, value) in rows:
+                nn.init.xavier_uniform_(weight, gain)
+                bias.fill_(value)
+            self.out.bias[5:8] += math.log(128 / cfg.size)                    # 2 pixels at any size
+
+    def forward(self, x, t=None):
+        emb = None
+        if t is not None:
+            freq = 1e4 ** -torch.linspace(0, 1, self.width // 2, device=x.device)   # (width/2,)
+            phase = t[:, None] * freq                                         # (B, width/2)
+            emb = torch.cat([phase.cos(), phase.sin()], 1)                    # (B, width)
+            emb = F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))       # (B, emb)
+        skips = []
+        for layer in self.enc.values():
+            x = layer(x, emb) if isinstance(layer, Block) else layer(x)
+            skips.append(x)
+        for name, layer in self.dec.items():
+            x = layer(torch.cat([x, skips.pop()], 1) if "block" in name else x, emb)
+        return self.out(self.aux_conv(F.silu(self.aux_norm(x))))              # (B, 24, H, W) raw
+
+
+# ---- diffusion -----------------------------------------------------------------------------------
+
+T = 100          # noise levels (paper)
+T_STAR = 20      # stage 2 starts above this level (paper)
+STEPS = 10       # DDIM steps, in stage 2 and when sampling (paper)
+
+
+def alpha_bar(t):
+    """Cosine schedule of Nichol & Dhariwal 2021 (our choice; the paper names none).
+    0.9998 at t = 0, 0.0002 at t = T - 1."""
+    return torch.cos((t / T + 0.008) / 1.008 * torch.pi / 2) ** 2
+
+
+def signal_noise(t):
+    """sqrt(alpha_bar), sqrt(1 - alpha_bar) for t (B,), shaped to multiply a splat image."""
+    a = alpha_bar(t)[:, None, None, None]                                     # (B, 1, 1, 1)
+    return a.sqrt(), (1 - a).sqrt()
+
+
+def add_noise(s, t, eps):
+    """s_t = sqrt(ab_t) s_0 + sqrt(1 - ab_t) eps."""
+    signal, noise = signal_noise(t)
+    return signal * s + noise * eps
+
+
+def ddim_step(s_t, s_hat, t, t_next):
+    """From level t to t_next, deterministically (DDIM, eta = 0), believing that s_hat is clean."""
+    signal, noise = signal_noise(t)
+    eps = (s_t - signal * s_hat) / noise                                      # (B, 24, H, W)
+    return add_noise(s_hat, t_next, eps)
+
+
+def denoise(denoiser, s_t, t, x_src, steps=STEPS):
+    """Generator of the predictions s_hat of `steps` evenly spaced DDIM steps from t (B,) towards 0;
+    the last one is the result: `*_, s_hat = denoise(...)`.
+
+    Stage 2, the cycle and sample.py all come here, so training and sampling cannot drift apart.
+    """
+    for k in range(steps):
+        now, then = t * (steps - k) // steps, t * (steps - k - 1) // steps    # (B,) int
+        s_hat = denoiser(s_t, now, x_src)                                     # (B, 24, H, W)
+        yield s_hat
+        s_t = ddim_step(s_t, s_hat, now, then)
+
+
+def lambda_t(t, kind="min_snr"):
+    """Weight of the rendering loss by noise level, mean 1 over t > t*. The paper weighs by t and
+    does not say how; min(SNR, 5) is our choice (Hang et al. 2023)."""
+    def weight(t):
+        snr = alpha_bar(t) / (1 - alpha_bar(t))
+        return {"min_snr": snr.clamp(max=5), "constant": torch.ones_like(snr),
+                "noise": 1 - alpha_bar(t)}[kind]
+    return weight(t) / weight(torch.arange(T_STAR + 1, T, device=t.device)).mean()
+
+
+class Denoiser(nn.Module):
+    """D(s_t, t, x_src) -> s_hat: clean splats, normalised like s_t. The image is concatenated."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.unet = UNet(cfg, 3 + S, time=True)
+        self.register_buffer("stats", torch.stack([torch.zeros(S), torch.ones(S)]))   # (2, 24)
+
+    def forward(self, s_t, t, x_src):
+        return normalise(self.unet(torch.cat([x_src, s_t], 1), t), self.stats)
+
+    def gaussians(self, s, K):
+        """Normalised splats (B, 24, H, W) -> Gaussians in the frame of the camera K (B, 4)."""
+        return splats_to_gaussians(denormalise(s, self.stats), K, self.cfg.near, self.cfg.far)
+
+    def sample(self, x_src, eps, steps=STEPS):
+        """Pure noise eps (B, 24, H, W) -> normalised splats of the object in x_src (B, 3, H, W)."""
+        t = torch.full((len(x_src),), T - 1, device=x_src.device)
+        *_, s_hat = denoise(self, eps, t, x_src, steps)
+        return s_hat
+
+    def warm_start(self, unet):
+        """Begin as the teacher (our addition): its weights, and zeros for what it has no place for,
+        the noisy splats and the time. At step 0 the splats are the teacher's, whatever the noise."""
+        mine = self.unet.state_dict()
+        for name, w in unet.state_dict().items():
+            mine[name].zero_()[:, :w.shape[1]].copy_(w) if w.dim() > 1 else mine[name].copy_(w)
+        for name in mine:
+            if ".affine." in name:
+                mine[name].zero_()
+
+
+# ---- weights on disk -----------------------------------------------------------------------------
+
+def write_atomically(path, write):
+    """write(temporary file), then rename: a reader sees the old file or the new one, never half."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:     # torch.save turns a full disk into a RuntimeError
+        temporary.unlink(missing_ok=True) if path.parent.is_dir() else None
+        raise SystemExit(f"error: cannot write {path}: {getattr(e, 'strerror', None) or e}; "
+                         "what was there before is untouched") from None
+
+
+def load_checkpoint(path, keys):
+    """A dict of tensors and plain values with at least `keys`; never runs code from the file."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise SystemExit(f"error: {path}: no such file; train one with: python train.py") from None
+    except Exception as e:
+        raise SystemExit(f"error: {path}: not a checkpoint ({type(e).__name__}); name another, or "
+                         "delete it and train again") from None
+    missing = [k for k in keys if not (isinstance(checkpoint, dict) and k in checkpoint)]
+    if missing:
+        raise SystemExit(f"error: {path}: not a checkpoint of this repository, it has no "
+                         f"{', '.join(missing)}; name a file that train.py wrote")
+    return checkpoint
+
+
+def save_network(path, network, meta):
+    """Weights in half precision with what is needed to use them. meta: plain values."""
+    state = {k: v.half() if v.is_floating_point() and k != "stats" else v
+             for k, v in network.state_dict().items()}
+    write_atomically(path, lambda f: torch.save(
+        {"network": type(network).__name__, "config": asdict(network.cfg), "state": state,
+         "meta": meta}, f))
+
+
+def load_network(path, cls, device="cpu"):
+    """-> (network in evaluation mode, meta) of a file that `save_network` wrote."""
+    c = load_checkpoint(path, ("network", "config", "state", "meta"))
+    if c["network"] != cls.__name__:
+        raise SystemExit(f"error: {path}: holds a {c['network']}, a {cls.__name__} is needed here")
+    network = cls(ModelConfig(**c["config"]))
+    network.load_state_dict(c["state"])
+    return network.eval().to(device), c["meta"]

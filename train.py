@@ -1,0 +1,518 @@
+"""Teacher, bootstrapping, multi-step: one loop, three losses, one table at the end.
+
+    python train.py --dataset cars            # everything, with sizes that fit the machine
+    python train.py --dataset cars --lr=1e-3 --out=out/try    # any flag of Config below
+    python train.py --dataset cars --eval_only                # make the table again
+
+Run the same command again to go on after an interruption: every number comes out the same.
+    stage 0   the teacher, by rendering alone
+    stage 1   bootstrapping: predict the teacher's splats from noised ones, and render well
+    stage 2   multi-step: unroll the denoiser, render well, and leave the teacher behind
+What the paper does not say is marked *ours*.
+"""
+import ast
+import inspect
+import json
+import signal
+import subprocess
+import sys
+import time
+from copy import deepcopy
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch.func import functional_call
+from tqdm import tqdm
+
+import data
+from model import (STEPS, T, T_STAR, Denoiser, ModelConfig, S, add_noise, denoise, lambda_t,
+                   load_checkpoint, load_network, normalise, save_network, write_atomically)
+from rasterize import Camera, invert_pose, render
+from teacher import Teacher, splat_statistics
+
+
+@dataclass
+class Config:
+    # what and where
+    dataset: str = "cars"        # cars or chairs
+    root: str = "data"           # folder of the datasets
+    out: str = ""                # results; "" is out/<dataset>
+    device: str = ""             # cpu or cuda; "" takes the GPU if there is one
+    seed: int = 0
+    n_train: int = 200           # procedural cars to make, if there are no real ones
+    n_test: int = 24
+    # network, the same shape for teacher and student (the paper's student is smaller)
+    size: int = 64               # pixels
+    width: int = 16
+    mult: tuple = (1, 2, 4, 4)
+    blocks: int = 1
+    attn: int = 8
+    warm_start: bool = True      # ours: the student begins with the teacher's weights
+    # optimisation
+    iters_0: int = 500           # steps of stage 0
+    iters_1: int = 100           # steps of stage 1
+    iters_2: int = 60            # steps of stage 2
+    batch_0: int = 8             # objects a step; the paper has 100 in stage 1 and 10 in stage 2
+    batch_1: int = 8
+    batch_2: int = 4
+    views: int = 4               # rendered views per object, the source view among them
+    lr: float = 1e-3             # stage 0 and a student from scratch
+    lr_student: float = 3e-4     # stages 1 and 2 of a warm start
+    warmup: int = 20             # steps of linear warm-up, then a cosine down to 0
+    clip: float = 1.0            # gradient norm
+    ema: float = 0.99            # averaging of weights; the averages are evaluated and kept
+    # losses, weights ours: the paper's coefficients are not known
+    w_3dgs: float = 1.0          # stage 1: mean square on normalised splats
+    w_cyc: float = 1.0           # both stages
+    weighting: str = "min_snr"   # stage 2: lambda_t, or constant, or noise
+    t_star: int = T_STAR         # stage 2 starts above this noise level (paper)
+    steps: int = STEPS           # DDIM steps unrolled in stage 2 and when sampling (paper)
+    # watching
+    eval_views: int = 50         # target views per test object, evenly spaced; 0 is all
+    samples: int = 4             # samples that the row "mean of" averages
+    log_every: int = 10          # steps
+    preview_every: int = 50
+    save_every: int = 50
+    # this call only
+    eval_only: bool = False      # make the table again from the finished stages
+    max_steps: int = 0           # stop and save after so many steps; 0 goes to the end
+
+
+GPU = dict(n_train=2000, n_test=200, size=128, width=64, mult=(1, 2, 2, 2), attn=16,   # on a GPU
+           iters_0=20000, iters_1=5000, iters_2=2000, batch_0=32, batch_1=32, batch_2=10,
+           lr=3e-4, lr_student=1e-4, warmup=500, ema=0.999, log_every=50, preview_every=500,
+           save_every=500)
+SESSION = "out", "root", "device", "eval_only", "max_steps", "log_every", "preview_every", "save_every"
+
+
+def parse(argv):
+    """--name=value, --name value, or --switch -> Config; what is not given depends on the machine."""
+    known = {f.name: f.type for f in fields(Config)}
+    given, argv = {}, list(argv)
+    if "--help" in argv or "-h" in argv:
+        print(__doc__ + "\n" + inspect.getsource(Config) + f"\nOn a GPU: {GPU}")
+        raise SystemExit(0)
+    while argv:
+        flag, eq, value = argv.pop(0).partition("=")
+        name = flag[2:]
+        if not flag.startswith("--") or name not in known:
+            data.fail(f"unknown flag {flag}; known are " + " ".join(f"--{k}" for k in known))
+        if not eq:
+            is_value = argv and not argv[0].startswith("--")
+            value = argv.pop(0) if is_value else "True" if known[name] is bool else ""
+        try:
+            if known[name] is not str:
+                value = ast.literal_eval(value)
+                value = float(value) if known[name] is float and type(value) is int else value
+            if type(value) is not known[name]:
+                raise ValueError
+        except (ValueError, SyntaxError):
+            data.fail(f"--{name} needs a {known[name].__name__}, not {value!r}; its default is "
+                      f"{getattr(Config, name)!r}")
+        given[name] = value
+    device = given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    cfg = Config(**{**(GPU if device.startswith("cuda") else {}), **given, "device": device})
+    cfg.out = cfg.out or f"out/{cfg.dataset}"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        data.fail(f"--device={device}: PyTorch sees no GPU here; use --device=cpu")
+    if cfg.size % 2 ** (len(cfg.mult) - 1):
+        data.fail(f"--size={cfg.size} does not halve {len(cfg.mult) - 1} times, once for every "
+                  f"level of --mult={cfg.mult}; give another size or fewer levels")
+    return cfg
+
+
+# ---- the three losses ----------------------------------------------------------------------------
+# Each: networks and one batch in, named losses out, the total first. x (B, V, 3, H, W) and cam hold
+# the source view and then the targets; all V are rendered, as Splatter Image does.
+
+def image_loss(x_hat, x):
+    """|| x - x_hat ||^2 per object: (B, V, 3, H, W) twice -> (B,)."""
+    return (x_hat - x).square().flatten(1).mean(1)
+
+
+def cycle_loss(predict, x, x_hat, cam, background):
+    """L_cyc: predict splats from the *rendered* target, look at them from the source.
+
+    The new splats live in the target camera's frame, so the source's pose is taken relative to it.
+    `predict` is frozen, but gradients pass through it to the rendered view.
+    """
+    x_tgt_hat = x_hat[:, 1].clamp(0, 1)                                       # (B, 3, H, W)
+    g_cyc = predict(x_tgt_hat, cam.K[:, 1])
+    to_source = invert_pose(cam.w2c[:, 1:2])                                  # (B, 1, 4, 4)
+    x_src_hat, _, _ = render(g_cyc, Camera(to_source, cam.K[:, :1], cam.hw), background)
+    return image_loss(x_src_hat, x[:, :1]).mean()
+
+
+def stage_0(teacher, x, cam, background):
+    """The teacher: L = || x - R(T(x_src)) ||^2."""
+    raw = teacher(x[:, :1], cam)                                              # (B, 24, H, W)
+    x_hat, _, _ = render(teacher.gaussians(raw, cam.K[:, 0]), cam, background)
+    per_object = image_loss(x_hat, x)                                         # (B,)
+    return dict(loss=per_object.mean()), per_object
+
+
+def stage_1(denoiser, teacher, x, cam, background, t, eps, cfg):
+    """Bootstrapping: L = || s - D(s_t) ||^2 + || x - R(D(s_t)) ||^2 + L_cyc through the teacher."""
+    with torch.no_grad():
+        s_teacher = normalise(teacher(x[:, :1], cam), denoiser.stats)         # (B, 24, H, W)
+    s_t = add_noise(s_teacher, t, eps)
+    s_hat = denoiser(s_t, t, x[:, 0])                                         # (B, 24, H, W)
+    x_hat, _, _ = render(denoiser.gaussians(s_hat, cam.K[:, 0]), cam, background)
+    per_object = image_loss(x_hat, x)                                         # (B,)
+    frozen = lambda image, K: teacher.gaussians(teacher(image[:, None]), K)
+    loss_3dgs = F.mse_loss(s_hat, s_teacher)
+    loss_image = per_object.mean()
+    loss_cyc = cycle_loss(frozen, x, x_hat, cam, background)
+    loss = cfg.w_3dgs * loss_3dgs + loss_image + cfg.w_cyc * loss_cyc
+    return dict(loss=loss, loss_3dgs=loss_3dgs, loss_image=loss_image, loss_cyc=loss_cyc), per_object
+
+
+def stage_2(denoiser, teacher, x, cam, background, t, eps, cfg):
+    """Multi-step: L = lambda_t || x - R(D o ... o D(s_t)) ||^2 + L_cyc through the frozen student.
+    Gradients flow through every step; the teacher's splats are only a place to start from."""
+    with torch.no_grad():
+        s_teacher = normalise(teacher(x[:, :1], cam), denoiser.stats)         # (B, 24, H, W)
+    s_t = add_noise(s_teacher, t, eps)
+    *_, s_hat = denoise(denoiser, s_t, t, x[:, 0], cfg.steps)
+    x_hat, _, _ = render(denoiser.gaussians(s_hat, cam.K[:, 0]), cam, background)
+    per_object = image_loss(x_hat, x)                                         # (B,)
+    weights = {k: v.detach() for k, v in denoiser.named_parameters()}         # today's, but frozen
+    t_cyc = torch.full_like(t, T - 1)                                         # ours: one step from noise
+
+    def frozen(image, K):
+        return denoiser.gaussians(functional_call(denoiser, weights, (eps, t_cyc, image)), K)
+    loss_image = (lambda_t(t, cfg.weighting) * per_object).mean()
+    loss_cyc = cycle_loss(frozen, x, x_hat, cam, background)
+    return dict(loss=loss_image + cfg.w_cyc * loss_cyc, loss_image=loss_image,
+                loss_cyc=loss_cyc), per_object
+
+
+# ---- evaluation ----------------------------------------------------------------------------------
+# Protocol of Splatter Image: view 64 in, all others out; per image, then per object, then overall.
+
+def psnr(x_hat, x):
+    """(..., 3, H, W) unclamped -> (...,) dB for a range of 1."""
+    return -10 * (x_hat - x).square().flatten(-3).mean(-1).log10()
+
+
+def ssim(x_hat, x):
+    """(M, 3, H, W) -> (M,). 11x11 Gaussian window of sigma 1.5, zero padding, Wang et al. 2004."""
+    k = torch.exp(-(torch.arange(11, device=x.device) - 5.0) ** 2 / (2 * 1.5 ** 2))
+    k = (k / k.sum()).expand(3, 1, 1, 11)                                     # (3, 1, 1, 11)
+
+    def blur(y):
+        return F.conv2d(F.conv2d(y, k, padding=(0, 5), groups=3), k.mT, padding=(5, 0), groups=3)
+    mu_a, mu_b = blur(x_hat), blur(x)                                         # (M, 3, H, W)
+    var_a, var_b = blur(x_hat ** 2) - mu_a ** 2, blur(x ** 2) - mu_b ** 2
+    cov = blur(x_hat * x) - mu_a * mu_b
+    c1, c2 = 0.01 ** 2, 0.03 ** 2
+    value = ((2 * mu_a * mu_b + c1) * (2 * cov + c2)
+             / ((mu_a ** 2 + mu_b ** 2 + c1) * (var_a + var_b + c2)))         # (M, 3, H, W)
+    return value.flatten(1).mean(1)
+
+
+def test_views(views, o, n_views):
+    """Indices of test object o: its source view (64, or the first) and its evenly spaced targets."""
+    first, last = int(views.start[o]), int(views.start[o + 1])
+    source = first + data.SOURCE_VIEW if last - first > data.SOURCE_VIEW else first
+    targets = [i for i in range(first, last) if i != source]
+    if n_views and n_views < len(targets):
+        targets = [targets[i * len(targets) // n_views] for i in range(n_views)]
+    return torch.tensor([source] + targets)                                   # (1 + n,)
+
+
+@torch.no_grad()
+def evaluate(predict, views, cfg, title, background):
+    """Mean scores of predict(x_src, cam, object) -> images (V, 3, H, W) over the test set."""
+    scores = []
+    for o in tqdm(range(len(views)), title, leave=False, mininterval=1):
+        index = test_views(views, o, cfg.eval_views)[None]                    # (1, V)
+        x, cam = (y.to(cfg.device) for y in data.gather(views, index))
+        x_hat = predict(x[:, 0], cam, o)                                      # (V, 3, H, W)
+        p, q = psnr(x_hat, x[0]), ssim(x_hat, x[0])                           # (V,) source first
+        scores.append(torch.stack([p[1:].mean(), q[1:].mean(), p[0], q[0]]).cpu())
+    means = torch.stack(scores).mean(0).tolist()
+    names = "psnr_novel", "ssim_novel", "psnr_source", "ssim_source"
+    return {k: round(v, 4) for k, v in zip(names, means)}
+
+
+def predictor(network, cfg, background, samples=1):
+    """A network as evaluate's `predict`: the mean of the renderings of its samples."""
+    def predict(x_src, cam, o):
+        images = 0
+        for k in range(samples):
+            if isinstance(network, Teacher):
+                g = network.gaussians(network(x_src[:, None]), cam.K[:, 0])
+            else:
+                gen = torch.Generator().manual_seed(10**6 * (cfg.seed + 1) + 10**3 * o + k)
+                eps = torch.randn(1, S, cfg.size, cfg.size, generator=gen).to(x_src.device)
+                g = network.gaussians(network.sample(x_src, eps, cfg.steps), cam.K[:, 0])
+            images = images + render(g, cam, background)[0][0] / samples      # (V, 3, H, W)
+        return images
+    return predict
+
+
+def results(cfg, splits, out, identity, background):
+    """Every row of the table that can be made from what is in `out`; written to results.json."""
+    views, device = splits["test"], cfg.device
+    train = splits["train"].images
+    mean = train[:: max(1, len(train) // 4096)].float().mean(0).div(255).to(device)   # (3, H, W)
+    rows = {"mean image": evaluate(lambda x, cam, o: mean.expand(cam.K.shape[1], -1, -1, -1), views,
+                                   cfg, "mean image", background)}
+    todo = [("teacher", "teacher.pt", Teacher, 1), ("stage 1", "stage_1.pt", Denoiser, 1),
+            ("stage 2", "stage_2.pt", Denoiser, 1),
+            (f"stage 2, mean of {cfg.samples}", "stage_2.pt", Denoiser, cfg.samples)]
+    for name, file, cls, samples in todo:
+        if (out / file).exists():
+            network, meta = load_network(out / file, cls, device)
+            predict = predictor(network, cfg, background, samples)
+            rows[name] = {**evaluate(predict, views, cfg, name, background),
+                          "parameters": sum(p.numel() for p in network.parameters()),
+                          "minutes": meta["minutes"]}
+    kind = "procedural" if identity["procedural"] else "real"
+    count = f"{len(views)} test objects, {cfg.eval_views or 'all'} target views each"
+    lines = [f"{cfg.dataset} ({kind}), {cfg.size}x{cfg.size}, {count}, seed {cfg.seed}",
+             f"{'':20}  novel PSNR   SSIM  LPIPS     source PSNR   SSIM   parameters  minutes"]
+    for name, r in rows.items():
+        lines.append(f"{name:20}  {r['psnr_novel']:10.2f}  {r['ssim_novel']:.3f}  not run  "
+                     f"{r['psnr_source']:11.2f}  {r['ssim_source']:.3f}   "
+                     f"{r.get('parameters', 0):10,}  {r.get('minutes', 0):7.1f}")
+    record = dict(table=rows, config=asdict(cfg), data=identity, kind=kind, seed=cfg.seed,
+                  lpips="not run", device=device_name(device), git=git_revision())
+    write_atomically(out / "results.json", lambda f: f.write(json.dumps(record, indent=1).encode()))
+    return "\n".join(lines)
+
+
+@torch.no_grad()
+def preview(networks, views, cfg, background, path):
+    """One row per test object: source | truth | each network's rendering of the truth's view."""
+    rows = []
+    for o in range(min(6, len(views))):
+        index = test_views(views, o, 0)
+        index = index[[0, 1 + (37 * (o + 1)) % (len(index) - 1)]][None]       # (1, 2) source, novel
+        x, cam = (y.to(cfg.device) for y in data.gather(views, index))
+        made = [predictor(n, cfg, background)(x[:, 0], cam, o)[1] for n in networks.values()]
+        rows.append(torch.cat([x[0, 0], x[0, 1], *made], -1))                 # (3, H, columns W)
+    sheet = (torch.cat(rows, 1).clamp(0, 1) * 255).byte().permute(1, 2, 0).cpu().numpy()
+    zoom = max(1, 128 // cfg.size)                                            # small images: legible
+    sheet = np.pad(sheet.repeat(zoom, 0).repeat(zoom, 1), ((16, 0), (0, 0), (0, 0)))
+    picture = Image.fromarray(sheet)
+    for i, title in enumerate(["source", "truth", *networks]):
+        ImageDraw.Draw(picture).text((i * cfg.size * zoom + 4, 2), title, "white")
+    write_atomically(path, lambda f: picture.save(f, "PNG"))
+
+
+# ---- the loop ------------------------------------------------------------------------------------
+
+def git_revision():
+    try:
+        return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
+                              cwd=Path(__file__).parent).stdout.strip() or "unknown"
+    except OSError:
+        return "unknown"
+
+
+def device_name(device):
+    return (torch.cuda.get_device_name(device) if device.startswith("cuda")
+            else f"CPU, {torch.get_num_threads()} threads")
+
+
+def learning_rate(step, iters, peak, warmup):
+    """Linear warm-up, then half a cosine down to 0."""
+    ramp = min(1.0, (step + 1) / max(1, min(warmup, iters // 2)))
+    return peak * ramp * 0.5 * (1 + np.cos(np.pi * step / iters))
+
+
+def draw_batch(views, cfg, stage, step):
+    """Everything random in one step, from (seed, stage, step) alone: resuming needs no other state.
+    -> x (B, V, 3, H, W), cam, t (B,), eps (B, 24, H, W) on the device."""
+    gen = torch.Generator().manual_seed((cfg.seed * 3 + stage) * 10**9 + step)
+    batch = (cfg.batch_0, cfg.batch_1, cfg.batch_2)[stage]
+    _, index = data.draw(views, batch, cfg.views, gen)                        # (B, V)
+    t = torch.randint(cfg.t_star + 1 if stage == 2 else 0, T, (batch,), generator=gen)   # (B,)
+    eps = torch.randn(batch, S, cfg.size, cfg.size, generator=gen)            # (B, 24, H, W)
+    batch = *data.gather(views, index.to(views.images.device)), t, eps
+    return [y.to(cfg.device) for y in batch]
+
+
+class Stop:
+    """Ctrl-C and SIGTERM ask; the loop stops after the step in hand. A second Ctrl-C is a Ctrl-C."""
+    asked = False
+
+    def __init__(self):
+        for s in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(s, self.ask)
+
+    def ask(self, number, frame):
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class Log:
+    """out/log.jsonl: one line a record. Lines from beyond the point of resumption are dropped."""
+
+    def __init__(self, path, stage, step, header):
+        self.path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = []
+        for line in lines:
+            try:
+                r = json.loads(line)
+            except ValueError:                                                # cut by a crash
+                continue
+            if "step" not in r or (r["stage"], r["step"]) <= (stage, step):
+                kept.append(line)
+        text = "".join(line + "\n" for line in kept or [json.dumps(header)])
+        write_atomically(path, lambda f: f.write(text.encode()))
+
+    def __call__(self, **record):
+        with open(self.path, "a") as f:
+            f.write(json.dumps(record) + "\n")
+
+
+def resume(path, cfg, identity):
+    """The training state in `path`, or a new one; refuses a state that belongs to another run."""
+    if not path.exists():
+        return dict(stage=0, step=0, skipped=0, minutes=[0.0, 0.0, 0.0])
+    state = load_checkpoint(path, ("stage", "step", "config", "data"))
+    old, new = ({k: v for k, v in c.items() if k not in SESSION}
+                for c in (state["config"], asdict(cfg)))
+    changed = [f"{k}: {old.get(k)} -> {new.get(k)}" for k in {**old, **new} if old.get(k) != new.get(k)]
+    if state["data"]["fingerprint"] != identity["fingerprint"]:
+        changed.append("the images in the dataset")
+    if changed:
+        data.fail(f"{path} is a run with other settings ({'; '.join(changed)}); give those, or "
+                  "another --out, or delete that folder")
+    return state
+
+
+def train(cfg, splits, out, identity, background):
+    """Stages 0, 1, 2 from wherever `out` says they are. Returns False if it was asked to stop."""
+    device, views, stop, done_here = cfg.device, splits["train"], Stop(), 0
+    if device.startswith("cuda") and views.images.nbytes < torch.cuda.mem_get_info()[0] / 4:
+        views = views.to(device)                                              # uint8, once and for all
+    test = splits["test"]
+    state = resume(out / "resume.pt", cfg, identity)
+    log = Log(out / "log.jsonl", state["stage"], state["step"],
+              dict(config=asdict(cfg), data=identity, git=git_revision()))
+    shape = ModelConfig(cfg.size, cfg.width, tuple(cfg.mult), cfg.blocks, cfg.attn,
+                        views.meta["near"], views.meta["far"])
+    teacher = None
+    for stage in range(state["stage"], 3):
+        # -- once a stage: the network that learns, its average, its optimiser
+        iters = (cfg.iters_0, cfg.iters_1, cfg.iters_2)[stage]
+        torch.manual_seed(cfg.seed)
+        if stage == 0:
+            network, peak = Teacher(shape).to(device), cfg.lr
+        else:
+            teacher = load_network(out / "teacher.pt", Teacher, device)[0].requires_grad_(False)
+            network, peak = Denoiser(shape).to(device), cfg.lr_student if cfg.warm_start else cfg.lr
+            if stage == 1:
+                batches = (draw_batch(views, cfg, 0, cfg.iters_0 + i)[0][:, 0] for i in range(32))
+                network.stats.copy_(splat_statistics(teacher, batches))
+                if cfg.warm_start:
+                    network.warm_start(teacher.unet)
+            else:
+                network.load_state_dict(load_network(out / "stage_1.pt", Denoiser)[0].state_dict())
+        average = deepcopy(network).requires_grad_(False)
+        optimiser = torch.optim.Adam(network.parameters(), lr=peak, betas=(0.9, 0.99), eps=1e-8)
+        if state["step"]:
+            network.load_state_dict(state["network"])
+            average.load_state_dict(state["average"])
+            optimiser.load_state_dict(state["optimiser"])
+        params, averages = list(network.parameters()), list(average.parameters())
+
+        def save(step):
+            state.update(stage=stage, step=step, config=asdict(cfg), data=identity,
+                         network=network.state_dict(), average=average.state_dict(),
+                         optimiser=optimiser.state_dict())
+            write_atomically(out / "resume.pt", lambda f: torch.save(state, f))
+
+        bar = tqdm(range(state["step"], iters), f"stage {stage}", iters, initial=state["step"],
+                   unit="step", mininterval=0.5)
+        levels, began = [], time.time()
+        for step in bar:
+            # ---- a single training step ----------------------------------------------------------
+            x, cam, t, eps = draw_batch(views, cfg, stage, step)
+            optimiser.param_groups[0]["lr"] = learning_rate(step, iters, peak, cfg.warmup)
+            if stage == 0:
+                losses, per_object = stage_0(network, x, cam, background)
+            else:
+                losses, per_object = (stage_1, stage_2)[stage - 1](network, teacher, x, cam,
+                                                                   background, t, eps, cfg)
+            optimiser.zero_grad(set_to_none=True)
+            losses["loss"].backward()
+            norm = torch.nn.utils.clip_grad_norm_(params, cfg.clip)
+            if norm.isfinite():
+                optimiser.step()
+                decay = min(cfg.ema, (1 + step) / (10 + step))                # short memory at first
+                torch._foreach_lerp_(averages, params, 1 - decay)
+            else:
+                state["skipped"] += 1
+            # --------------------------------------------------------------------------------------
+            done_here += 1
+            state["minutes"][stage] += (time.time() - began) / 60
+            began = time.time()
+            levels += zip(t.tolist(), per_object.tolist())
+            last, asked = step == iters - 1, stop.asked or done_here == cfg.max_steps
+            if (step + 1) % cfg.log_every == 0 or last:
+                record = {k: float(v.detach()) for k, v in losses.items()}
+                rate = bar.format_dict["rate"] or 0.0
+                bins = {} if stage == 0 else {
+                    f"t{lo}-{lo + 19}": float(np.mean(v)) for lo in range(0, T, 20)
+                    if (v := [loss for t, loss in levels if lo <= t < lo + 20])}
+                log(stage=stage, step=step + 1, **record, by_level=bins, grad_norm=float(norm),
+                    skipped=state["skipped"], images_per_s=rate * x.shape[0] * cfg.views)
+                bar.set_postfix_str(f"loss {record['loss']:.4f}, {rate * len(x) * cfg.views:.0f} img/s")
+                levels = []
+            if (step + 1) % cfg.preview_every == 0 or last:
+                shown = {"teacher": average} if stage == 0 else {"teacher": teacher, "ours": average}
+                preview(shown, test, cfg, background, out / "preview.png")
+            if (step + 1) % cfg.save_every == 0 or asked:
+                save(step + 1)
+            if asked and not last:
+                bar.close()
+                return False
+        bar.close()
+        name = ("teacher", "stage_1", "stage_2")[stage]
+        save_network(out / f"{name}.pt", average, dict(
+            stage=stage, dataset=cfg.dataset, data=identity, background=list(views.meta["background"]),
+            K=views.K[0].tolist(), seed=cfg.seed, iters=iters, minutes=sum(state["minutes"][:stage + 1]),
+            git=git_revision(), device=device_name(device)))
+        state = dict(stage=stage + 1, step=0, skipped=state["skipped"], minutes=state["minutes"],
+                     config=asdict(cfg), data=identity)
+        write_atomically(out / "resume.pt", lambda f: torch.save(state, f))
+        if done_here == cfg.max_steps or stop.asked:
+            return stage == 2
+    return True
+
+
+def main():
+    cfg = parse(sys.argv[1:])
+    began = time.time()
+    print(f"device: {device_name(cfg.device)}; sizes for "
+          f"{'a GPU' if cfg.device.startswith('cuda') else 'a CPU'} (any flag changes them: --help)")
+    splits = data.prepare(cfg.dataset, cfg.root, cfg.size, cfg.n_train, cfg.n_test, cfg.seed)
+    meta = splits["train"].meta
+    identity = {k: meta[k] for k in ("dataset", "procedural", "fingerprint")}
+    out = Path(cfg.out)
+    background = torch.tensor(meta["background"], device=cfg.device)          # (3,)
+    print(" ".join(f"{k}={v}" for k, v in asdict(cfg).items()))
+    if not cfg.eval_only:
+        print(f"watch {out}/preview.png and {out}/log.jsonl; Ctrl-C saves, the same command goes on")
+        if not train(cfg, splits, out, identity, background):
+            print(f"stopped and saved; to go on: python {' '.join(sys.argv)}")
+            raise SystemExit(130)
+    elif not (out / "teacher.pt").exists():
+        data.fail(f"--eval_only: {out}/teacher.pt is not there; train first, without --eval_only")
+    print(results(cfg, splits, out, identity, background))
+    print(f"{(time.time() - began) / 60:.1f} minutes; {out}/: preview.png results.json log.jsonl "
+          f"teacher.pt stage_1.pt stage_2.pt\nnow: python sample.py <picture of a car> ")
+
+
+if __name__ == "__main__":
+    main()
