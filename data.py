@@ -494,24 +494,30 @@ def read_pose(path):
     return m
 
 
-def read_image(path, size, background):
-    """-> (3, size, size) uint8 on the background, and the side it had in the file."""
+def read_picture(path, background):
+    """Any picture (grey, 16-bit, palette, transparent) -> (h, w, 3) uint8 on the background."""
     try:
         with Image.open(path) as image:
             if image.mode.startswith("I"):                                   # 16-bit grey
                 image = Image.fromarray((np.asarray(image) / 257 + .5).astype(np.uint8))
-            rgba = np.asarray(image.convert("RGBA"))                         # (h, w, 4) uint8
+            rgba = np.asarray(image.convert("RGBA")).astype(np.float32)      # (h, w, 4)
     except Exception as e:                               # Pillow raises whatever its decoders do
-        fail(f"{path}: not a readable image ({e}); copy it again or remove the object")
-    side, rgb, alpha = len(rgba), rgba[..., :3], rgba[..., 3:]
-    if rgba.shape[1] != side:
-        fail(f"{path}: {rgba.shape[1]} x {side} is not square; crop it and adapt intrinsics.txt")
+        fail(f"{path}: not a readable image ({e}); copy it again or leave it out")
+    rgb, alpha, behind = rgba[..., :3], rgba[..., 3:], 255 * np.float32(background)
     # SRN's RGB is composited already and its alpha but the mask: twice would leave halos. A colour
     # composited on black or white is no farther from it than alpha; if one is, do it here.
-    behind = (255 * np.array(background)).astype(np.int16)                   # (3,)
-    if (abs(rgb - behind) > alpha + np.int16(2)).any():
-        rgb = (behind + (rgb - behind) * (alpha / 255) + .5).astype(np.uint8)
-    image = Image.fromarray(np.ascontiguousarray(rgb))
+    if (abs(rgb - behind) > alpha + 2).any():
+        rgb = behind + (rgb - behind) * alpha / 255
+    return (rgb + .5).astype(np.uint8)
+
+
+def read_image(path, size, background):
+    """-> (3, size, size) uint8 on the background, and the side it had in the file."""
+    pixels = read_picture(path, background)                                  # (h, w, 3)
+    side = len(pixels)
+    if pixels.shape[1] != side:
+        fail(f"{path}: {pixels.shape[1]} x {side} is not square; crop it and adapt intrinsics.txt")
+    image = Image.fromarray(pixels)
     if side != size:   # whole pixels to one: their mean, as a camera of that size would see them
         image = image.resize((size, size), Image.Resampling.BOX if side % size == 0
                              else Image.Resampling.LANCZOS)

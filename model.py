@@ -6,7 +6,7 @@
 
 The paper fixes T = 100, t* = 20, DDIM with 10 steps and, by its equations, the prediction of the
 clean splats (x0). It is silent on the noise schedule, on the space that is noised and on how the
-image enters; those are our choices and are marked so. Nothing here renders, optimises or reads data.
+image enters; those are our choices and are marked so. Nothing here renders, trains or reads data.
 """
 import math
 import os
@@ -20,17 +20,20 @@ from torch import nn
 from rasterize import Gaussians
 
 # ---- the splat image -----------------------------------------------------------------------------
-# Layout, activations and initial gains of Splatter Image (its cars), so that its weights will load.
+# Layout and activations of Splatter Image, so that its weights will load. Its initial gains and
+# biases too, but for two: opacity and offset start as in its CO3D and Objaverse models (its cars,
+# with gains of 0.001 and 1e-6, were 0.6 dB behind after 400 steps), and scales at one pixel with a
+# gain of 0.5, not two with 0.003 (ours: 0.9 dB on the source view after 500 steps).
 #   name    channels   becomes                               gain, bias of the last 1x1 convolution
 SPLAT = {
     "depth":   (1,  # near + (far - near) sigmoid             z-depth along the pixel's ray
                 1.0, 0.0),
     "offset":  (3,  # added in the camera's frame             world units
-                1e-6, 0.0),
+                0.1, 0.0),
     "opacity": (1,  # sigmoid
-                1e-3, -3.0),
-    "scale":   (3,  # exp                                     world units; starts at about 2 pixels
-                1e-3, math.log(0.02)),
+                1.0, -2.0),
+    "scale":   (3,  # exp                                     world units; starts at about 1 pixel
+                0.5, math.log(0.01)),
     "quat":    (4,  # normalised                              w x y z
                 1.0, 0.0),
     "dc":      (3,  # SH degree 0
@@ -115,7 +118,7 @@ class Block(nn.Module):
         self.resample = resample                                              # None, "up", "down"
         self.norm0, self.norm1 = group_norm(c_in), group_norm(c_out)
         self.conv0 = xavier(nn.Conv2d(c_in, c_out, 3, padding=1))
-        self.conv1 = xavier(nn.Conv2d(c_out, c_out, 3, padding=1), 1e-5)      # block starts as shortcut
+        self.conv1 = xavier(nn.Conv2d(c_out, c_out, 3, padding=1), 1e-5)      # starts as a shortcut
         self.skip = xavier(nn.Conv2d(c_in, c_out, 1)) if c_in != c_out or resample else None
         self.affine = xavier(nn.Linear(emb, c_out)) if emb else None
         self.norm2 = group_norm(c_out) if attention else None
@@ -132,11 +135,12 @@ class Block(nn.Module):
         if emb is not None:
             h = h + self.affine(emb)[:, :, None, None]
         h = self.conv1(F.silu(self.norm1(h)))                                 # (B, c_out, H', W')
-        x = ((self.skip(self.resized(x)) if self.skip else x) + h) * 0.5 ** 0.5   # keeps the variance
+        x = self.skip(self.resized(x)) if self.skip else x
+        x = (x + h) * 0.5 ** 0.5                                              # keeps the variance
         if self.qkv:
             B, C, H, W = x.shape
             qkv = self.qkv(self.norm2(x)).view(B, C, 3, H * W)                # q, k, v interleaved
-            q, k, v = qkv.permute(2, 0, 3, 1)                                 # (B, HW, C) each, one head
+            q, k, v = qkv.permute(2, 0, 3, 1)                                 # (B, HW, C), one head
             h = F.scaled_dot_product_attention(q, k, v).mT.view(B, C, H, W)
             x = (x + self.proj(h)) * 0.5 ** 0.5
         return x
@@ -150,7 +154,8 @@ class UNet(nn.Module):
         emb = 4 * cfg.width if time else 0
         self.width = cfg.width
         if time:
-            self.map_layer0, self.map_layer1 = xavier(nn.Linear(cfg.width, emb)), xavier(nn.Linear(emb, emb))
+            self.map_layer0 = xavier(nn.Linear(cfg.width, emb))
+            self.map_layer1 = xavier(nn.Linear(emb, emb))
         res = [cfg.size >> level for level in range(len(cfg.mult))]           # finest first
         chan = [cfg.width * m for m in cfg.mult]
 
@@ -187,7 +192,7 @@ class UNet(nn.Module):
             for weight, bias, (_, gain, value) in rows:
                 nn.init.xavier_uniform_(weight, gain)
                 bias.fill_(value)
-            self.out.bias[5:8] += math.log(128 / cfg.size)                    # 2 pixels at any size
+            self.out.bias[5:8] += math.log(128 / cfg.size)                    # 1 pixel at any size
 
     def forward(self, x, t=None):
         emb = None
@@ -250,14 +255,16 @@ def denoise(denoiser, s_t, t, x_src, steps=STEPS):
         s_t = ddim_step(s_t, s_hat, now, then)
 
 
+WEIGHTINGS = {"min_snr":  lambda a: (a / (1 - a)).clamp(max=5),    # less, the more noise
+              "constant": torch.ones_like,
+              "noise":    lambda a: 1 - a}                         # more
+
+
 def lambda_t(t, kind="min_snr"):
     """Weight of the rendering loss by noise level, mean 1 over t > t*. The paper weighs by t and
     does not say how; min(SNR, 5) is our choice (Hang et al. 2023)."""
-    def weight(t):
-        snr = alpha_bar(t) / (1 - alpha_bar(t))
-        return {"min_snr": snr.clamp(max=5), "constant": torch.ones_like(snr),
-                "noise": 1 - alpha_bar(t)}[kind]
-    return weight(t) / weight(torch.arange(T_STAR + 1, T, device=t.device)).mean()
+    weight = WEIGHTINGS[kind]
+    return weight(alpha_bar(t)) / weight(alpha_bar(torch.arange(T_STAR + 1, T))).mean().item()
 
 
 class Denoiser(nn.Module):
@@ -283,8 +290,8 @@ class Denoiser(nn.Module):
         return s_hat
 
     def warm_start(self, unet):
-        """Begin as the teacher (our addition): its weights, and zeros for what it has no place for,
-        the noisy splats and the time. At step 0 the splats are the teacher's, whatever the noise."""
+        """Begin as the teacher (our addition): its weights, and zeros for what it does not have,
+        noisy splats and time. At step 0 the splats are the teacher's, whatever the noise."""
         mine = self.unet.state_dict()
         for name, w in unet.state_dict().items():
             mine[name].zero_()[:, :w.shape[1]].copy_(w) if w.dim() > 1 else mine[name].copy_(w)
@@ -293,7 +300,17 @@ class Denoiser(nn.Module):
                 mine[name].zero_()
 
 
-# ---- weights on disk -----------------------------------------------------------------------------
+# ---- devices, and weights on disk ----------------------------------------------------------------
+
+def pick_device(name=""):
+    """The device of that name, or without one the GPU if there is one."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):
+        raise SystemExit(f"error: --device={name}: not usable here; try --device=cpu") from None
+    return name
+
 
 def write_atomically(path, write):
     """write(temporary file), then rename: a reader sees the old file or the new one, never half."""

@@ -16,7 +16,7 @@ import torch
 from PIL import Image, features
 
 import data
-from model import STEPS, Denoiser, S, load_network, write_atomically
+from model import STEPS, Denoiser, S, load_network, pick_device, write_atomically
 from rasterize import Camera, Gaussians, invert_pose, render, transform
 
 
@@ -29,13 +29,18 @@ def pick_weights():
     return max(found, key=lambda path: (path.parts[0] == "out", path.stat().st_mtime))
 
 
-def square(image, size, background):
-    """An image padded to a square with the background, at size x size -> (1, 3, size, size)."""
-    side = max(image.size)
-    canvas = Image.new("RGB", (side, side), tuple(int(255 * c + 0.5) for c in background))
-    canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    pixels = np.asarray(canvas.resize((size, size), Image.Resampling.LANCZOS))   # (size, size, 3)
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None] / 255
+def square(pixels, size, background):
+    """(h, w, 3) uint8 padded to a square with the background, resized -> (1, 3, size, size)."""
+    h, w, _ = pixels.shape
+    side = max(h, w)
+    canvas = np.full((side, side, 3), [round(255 * c) for c in background], np.uint8)
+    top, left = (side - h) // 2, (side - w) // 2
+    canvas[top: top + h, left: left + w] = pixels
+    image = Image.fromarray(canvas)
+    if side != size:   # the mean of whole pixels where it can be, as data.py makes training images
+        image = image.resize((size, size), Image.Resampling.BOX if side % size == 0
+                             else Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
 
 
 # ---- cameras -------------------------------------------------------------------------------------
@@ -50,7 +55,7 @@ def pitch(elevation):
 
 
 def turn(angles, distance, elevation):
-    """Cameras on a circle around the object, the source camera at angle 0: (V,) -> w2c (1, V, 4, 4)."""
+    """Cameras on a circle around the object, the source at angle 0: (V,) -> w2c (1, V, 4, 4)."""
     c, s, o = angles.cos(), angles.sin(), torch.zeros_like(angles)            # (V,)
     one = torch.ones_like(angles)
     spin = torch.stack([c, o, s, o, o, one, o, o, -s, o, c, o, o, o, o, one], -1).view(-1, 4, 4)
@@ -62,8 +67,8 @@ def turn(angles, distance, elevation):
 
 # ---- .ply ----------------------------------------------------------------------------------------
 
-PLY = ("x y z nx ny nz".split() + [f"f_dc_{i}" for i in range(3)] + [f"f_rest_{i}" for i in range(45)]
-       + ["opacity"] + [f"scale_{i}" for i in range(3)] + [f"rot_{i}" for i in range(4)])   # 62
+PLY = [*"x y z nx ny nz f_dc_0 f_dc_1 f_dc_2".split(), *(f"f_rest_{i}" for i in range(45)),
+       *"opacity scale_0 scale_1 scale_2 rot_0 rot_1 rot_2 rot_3".split()]    # 62 properties
 
 
 def ply_bytes(g):
@@ -82,10 +87,9 @@ def ply_bytes(g):
 
 # ---- the script ----------------------------------------------------------------------------------
 
-@torch.no_grad()
-def main():
+def arguments():
     parser = argparse.ArgumentParser(description="Splats from one picture.")
-    parser.add_argument("image", help="a picture of one object, on a plain or transparent background")
+    parser.add_argument("image", help="a picture of one object on a white or transparent ground")
     parser.add_argument("--weights", help="a stage_1.pt or stage_2.pt; default: the newest in out/")
     parser.add_argument("--out", help="folder of the results; default: out/<name of the picture>")
     parser.add_argument("--samples", type=int, default=4, help="how many; default 4")
@@ -95,18 +99,24 @@ def main():
     parser.add_argument("--pixels", type=int, default=192, help="side of a rendering; default 192")
     parser.add_argument("--elevation", type=float, default=25.0,
                         help="degrees by which the picture looks down on the object; default 25")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    a = parser.parse_args()
+    parser.add_argument("--device", default="", help="default: the GPU if there is one")
+    return parser
+
+
+@torch.no_grad()
+def main():
+    a = arguments().parse_args()
     for name in ("samples", "steps", "frames", "pixels"):
         if getattr(a, name) < 1:
             data.fail(f"--{name} {getattr(a, name)}: give 1 or more")
 
+    a.device = pick_device(a.device)
     path = Path(a.weights) if a.weights else pick_weights()
     denoiser, meta = load_network(path, Denoiser, a.device)
     kind = "procedural" if meta["data"]["procedural"] else "real"
     print(f"weights: {path} ({meta['dataset']}, {kind}, {denoiser.cfg.size} pixels)")
     size, background = denoiser.cfg.size, torch.tensor(meta["background"], device=a.device)
-    picture = data.read_picture(Path(a.image), meta["background"])
+    picture = data.read_picture(Path(a.image), meta["background"])            # (h, w, 3)
     x_src = square(picture, size, meta["background"]).to(a.device)            # (1, 3, size, size)
 
     eps = torch.randn(a.samples, S, size, size, generator=torch.Generator().manual_seed(a.seed))
@@ -114,7 +124,7 @@ def main():
     K = torch.tensor([meta["K"]], device=a.device)                            # (1, 4) pixels
     g = denoiser.gaussians(s, K.expand(a.samples, 4))                         # (samples, N, ..)
 
-    distance = (denoiser.cfg.near + denoiser.cfg.far) / 2                     # of the object's middle
+    distance = (denoiser.cfg.near + denoiser.cfg.far) / 2                     # object's middle
     def look(angles):
         """(V,) radians -> (samples, V, pixels, pixels, 3) uint8."""
         w2c = turn(angles, distance, a.elevation).to(a.device).expand(a.samples, -1, -1, -1)
@@ -127,7 +137,7 @@ def main():
         write_atomically(out / name, write)
         return out / name
 
-    views = look(torch.arange(5) * 2 * math.pi / 5)                           # (samples, 5, P, P, 3)
+    views = look(torch.arange(5) * 2 * math.pi / 5)                         # (samples, 5, P, P, 3)
     shown = Image.fromarray((x_src[0] * 255 + 0.5).byte().permute(1, 2, 0).cpu().numpy())
     shown = np.asarray(shown.resize((a.pixels, a.pixels), Image.Resampling.BICUBIC))   # (P, P, 3)
     rows = [np.concatenate([shown, *row], 1) for row in views]                # (P, 6 P, 3) each

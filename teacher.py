@@ -1,4 +1,4 @@
-"""The teacher: a deterministic image-to-3D model whose splats, once noised, are the student's input.
+"""The teacher: a deterministic image-to-3D model whose splats, once noised, the student denoises.
 
 It is Splatter Image's network (Szymanowicz et al. 2024): a U-Net without time, one Gaussian per
 pixel, trained by rendering alone. Left out: its camera embedding and cross-view attention for two
@@ -32,10 +32,10 @@ class Teacher(nn.Module):
 def splat_statistics(teacher, batches):
     """Mean and deviation (2, 24) of the teacher's splats per channel, over source images x_src
     (B, 3, H, W): what `normalise` subtracts and divides by."""
-    count, total, square = 0, torch.zeros(S, dtype=torch.float64), torch.zeros(S, dtype=torch.float64)
+    count, (total, square) = 0, torch.zeros(2, S, dtype=torch.float64)
     for x_src in batches:
         s = canonical(teacher(x_src[:, None])).double().movedim(1, 0).flatten(1).cpu()   # (24, BHW)
         count, total, square = count + s.shape[1], total + s.sum(1), square + s.square().sum(1)
     mean = total / count
-    std = (square / count - mean ** 2).clamp(min=0).sqrt().clamp(min=1e-3)    # a constant channel: 1e-3
+    std = (square / count - mean ** 2).clamp(min=1e-6).sqrt()                # at least 0.001
     return torch.stack([mean, std]).float()

@@ -1,7 +1,7 @@
 """Teacher, bootstrapping, multi-step: one loop, three losses, one table at the end.
 
     python train.py --dataset cars            # everything, with sizes that fit the machine
-    python train.py --dataset cars --lr=1e-3 --out=out/try    # any flag of Config below
+    python train.py --dataset cars --views=6 --out=out/six   # any flag of Config below
     python train.py --dataset cars --eval_only                # make the table again
 
 Run the same command again to go on after an interruption: every number comes out the same.
@@ -29,8 +29,9 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 import data
-from model import (STEPS, T, T_STAR, Denoiser, ModelConfig, S, add_noise, denoise, lambda_t,
-                   load_checkpoint, load_network, normalise, save_network, write_atomically)
+from model import (STEPS, T, T_STAR, WEIGHTINGS, Denoiser, ModelConfig, S, add_noise, denoise,
+                   lambda_t, load_checkpoint, load_network, normalise, pick_device,
+                   save_network, write_atomically)
 from rasterize import Camera, invert_pose, render
 from teacher import Teacher, splat_statistics
 
@@ -46,22 +47,17 @@ class Config:
     n_train: int = 200           # procedural cars to make, if there are no real ones
     n_test: int = 24
     # network, the same shape for teacher and student (the paper's student is smaller)
-    size: int = 64               # pixels
-    width: int = 16
-    mult: tuple = (1, 2, 4, 4)
+    size: int = 32               # pixels
+    width: int = 16              # channels of the first level; see ModelConfig for these four
+    mult: tuple = (1, 2, 4)
     blocks: int = 1
     attn: int = 8
     warm_start: bool = True      # ours: the student begins with the teacher's weights
-    # optimisation
-    iters_0: int = 500           # steps of stage 0
-    iters_1: int = 100           # steps of stage 1
-    iters_2: int = 60            # steps of stage 2
-    batch_0: int = 8             # objects a step; the paper has 100 in stage 1 and 10 in stage 2
-    batch_1: int = 8
-    batch_2: int = 4
+    # optimisation; numbers by stage: teacher, bootstrapping, multi-step
+    iters: tuple = (1000, 150, 100)   # steps
+    batch: tuple = (8, 8, 4)     # objects a step; the paper has 100 in stage 1 and 10 in stage 2
+    lr: tuple = (8e-3, 1e-3, 2e-4)    # peak learning rate of Adam
     views: int = 4               # rendered views per object, the source view among them
-    lr: float = 1e-3             # stage 0 and a student from scratch
-    lr_student: float = 3e-4     # stages 1 and 2 of a warm start
     warmup: int = 20             # steps of linear warm-up, then a cosine down to 0
     clip: float = 1.0            # gradient norm
     ema: float = 0.99            # averaging of weights; the averages are evaluated and kept
@@ -83,14 +79,14 @@ class Config:
 
 
 GPU = dict(n_train=2000, n_test=200, size=128, width=64, mult=(1, 2, 2, 2), attn=16,   # on a GPU
-           iters_0=20000, iters_1=5000, iters_2=2000, batch_0=32, batch_1=32, batch_2=10,
-           lr=3e-4, lr_student=1e-4, warmup=500, ema=0.999, log_every=50, preview_every=500,
-           save_every=500)
-SESSION = "out", "root", "device", "eval_only", "max_steps", "log_every", "preview_every", "save_every"
+           iters=(20000, 5000, 2000), batch=(32, 32, 10), lr=(5e-4, 1e-4, 5e-5), views=4,
+           warmup=500, ema=0.999, eval_views=0, log_every=50, preview_every=500, save_every=500)
+SESSION = {"out", "root", "device", "eval_only", "max_steps",      # may change between calls
+           "log_every", "preview_every", "save_every"}
 
 
 def parse(argv):
-    """--name=value, --name value, or --switch -> Config; what is not given depends on the machine."""
+    """--name=value, --name value or --switch -> Config; the defaults depend on the machine."""
     known = {f.name: f.type for f in fields(Config)}
     given, argv = {}, list(argv)
     if "--help" in argv or "-h" in argv:
@@ -114,11 +110,18 @@ def parse(argv):
             data.fail(f"--{name} needs a {known[name].__name__}, not {value!r}; its default is "
                       f"{getattr(Config, name)!r}")
         given[name] = value
-    device = given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device(given.get("device"))
     cfg = Config(**{**(GPU if device.startswith("cuda") else {}), **given, "device": device})
     cfg.out = cfg.out or f"out/{cfg.dataset}"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        data.fail(f"--device={device}: PyTorch sees no GPU here; use --device=cpu")
+    least = dict(size=1, width=8, blocks=1, views=2, samples=1, steps=1, n_train=1, n_test=1,
+                 log_every=1, preview_every=1, save_every=1)
+    for name, value in least.items():
+        if getattr(cfg, name) < value:
+            data.fail(f"--{name}={getattr(cfg, name)}: give {value} or more")
+    if cfg.weighting not in WEIGHTINGS:
+        data.fail(f"--weighting={cfg.weighting}: give one of {', '.join(WEIGHTINGS)}")
+    if any(len(getattr(cfg, name)) != 3 for name in ("iters", "batch", "lr")):
+        data.fail("--iters, --batch and --lr have three numbers each, one a stage")
     if cfg.size % 2 ** (len(cfg.mult) - 1):
         data.fail(f"--size={cfg.size} does not halve {len(cfg.mult) - 1} times, once for every "
                   f"level of --mult={cfg.mult}; give another size or fewer levels")
@@ -168,7 +171,8 @@ def stage_1(denoiser, teacher, x, cam, background, t, eps, cfg):
     loss_image = per_object.mean()
     loss_cyc = cycle_loss(frozen, x, x_hat, cam, background)
     loss = cfg.w_3dgs * loss_3dgs + loss_image + cfg.w_cyc * loss_cyc
-    return dict(loss=loss, loss_3dgs=loss_3dgs, loss_image=loss_image, loss_cyc=loss_cyc), per_object
+    return dict(loss=loss, loss_3dgs=loss_3dgs, loss_image=loss_image,
+                loss_cyc=loss_cyc), per_object
 
 
 def stage_2(denoiser, teacher, x, cam, background, t, eps, cfg):
@@ -181,7 +185,7 @@ def stage_2(denoiser, teacher, x, cam, background, t, eps, cfg):
     x_hat, _, _ = render(denoiser.gaussians(s_hat, cam.K[:, 0]), cam, background)
     per_object = image_loss(x_hat, x)                                         # (B,)
     weights = {k: v.detach() for k, v in denoiser.named_parameters()}         # today's, but frozen
-    t_cyc = torch.full_like(t, T - 1)                                         # ours: one step from noise
+    t_cyc = torch.full_like(t, T - 1)                               # ours: once, from noise
 
     def frozen(image, K):
         return denoiser.gaussians(functional_call(denoiser, weights, (eps, t_cyc, image)), K)
@@ -216,7 +220,7 @@ def ssim(x_hat, x):
 
 
 def test_views(views, o, n_views):
-    """Indices of test object o: its source view (64, or the first) and its evenly spaced targets."""
+    """Indices of test object o: its source view (64, or the first), then evenly spaced targets."""
     first, last = int(views.start[o]), int(views.start[o + 1])
     source = first + data.SOURCE_VIEW if last - first > data.SOURCE_VIEW else first
     targets = [i for i in range(first, last) if i != source]
@@ -298,7 +302,7 @@ def preview(networks, views, cfg, background, path):
         made = [predictor(n, cfg, background)(x[:, 0], cam, o)[1] for n in networks.values()]
         rows.append(torch.cat([x[0, 0], x[0, 1], *made], -1))                 # (3, H, columns W)
     sheet = (torch.cat(rows, 1).clamp(0, 1) * 255).byte().permute(1, 2, 0).cpu().numpy()
-    zoom = max(1, 128 // cfg.size)                                            # small images: legible
+    zoom = max(1, 128 // cfg.size)                                            # legible
     sheet = np.pad(sheet.repeat(zoom, 0).repeat(zoom, 1), ((16, 0), (0, 0), (0, 0)))
     picture = Image.fromarray(sheet)
     for i, title in enumerate(["source", "truth", *networks]):
@@ -310,8 +314,9 @@ def preview(networks, views, cfg, background, path):
 
 def git_revision():
     try:
-        return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
-                              cwd=Path(__file__).parent).stdout.strip() or "unknown"
+        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent,
+                             capture_output=True, text=True)
+        return git.stdout.strip() or "unknown"
     except OSError:
         return "unknown"
 
@@ -331,7 +336,7 @@ def draw_batch(views, cfg, stage, step):
     """Everything random in one step, from (seed, stage, step) alone: resuming needs no other state.
     -> x (B, V, 3, H, W), cam, t (B,), eps (B, 24, H, W) on the device."""
     gen = torch.Generator().manual_seed((cfg.seed * 3 + stage) * 10**9 + step)
-    batch = (cfg.batch_0, cfg.batch_1, cfg.batch_2)[stage]
+    batch = cfg.batch[stage]
     _, index = data.draw(views, batch, cfg.views, gen)                        # (B, V)
     t = torch.randint(cfg.t_star + 1 if stage == 2 else 0, T, (batch,), generator=gen)   # (B,)
     eps = torch.randn(batch, S, cfg.size, cfg.size, generator=gen)            # (B, 24, H, W)
@@ -340,7 +345,7 @@ def draw_batch(views, cfg, stage, step):
 
 
 class Stop:
-    """Ctrl-C and SIGTERM ask; the loop stops after the step in hand. A second Ctrl-C is a Ctrl-C."""
+    """Ctrl-C and SIGTERM ask; the loop stops after the step in hand. A second Ctrl-C kills."""
     asked = False
 
     def __init__(self):
@@ -349,7 +354,11 @@ class Stop:
 
     def ask(self, number, frame):
         self.asked = True
+        self.end()
+
+    def end(self):
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class Log:
@@ -381,7 +390,7 @@ def resume(path, cfg, identity):
     state = load_checkpoint(path, ("stage", "step", "config", "data"))
     old, new = ({k: v for k, v in c.items() if k not in SESSION}
                 for c in (state["config"], asdict(cfg)))
-    changed = [f"{k}: {old.get(k)} -> {new.get(k)}" for k in {**old, **new} if old.get(k) != new.get(k)]
+    changed = [f"{k}: {old.get(k)} -> {new[k]}" for k in new if old.get(k) != new[k]]
     if state["data"]["fingerprint"] != identity["fingerprint"]:
         changed.append("the images in the dataset")
     if changed:
@@ -394,7 +403,7 @@ def train(cfg, splits, out, identity, background):
     """Stages 0, 1, 2 from wherever `out` says they are. Returns False if it was asked to stop."""
     device, views, stop, done_here = cfg.device, splits["train"], Stop(), 0
     if device.startswith("cuda") and views.images.nbytes < torch.cuda.mem_get_info()[0] / 4:
-        views = views.to(device)                                              # uint8, once and for all
+        views = views.to(device)                                              # uint8, once
     test = splits["test"]
     state = resume(out / "resume.pt", cfg, identity)
     log = Log(out / "log.jsonl", state["stage"], state["step"],
@@ -404,20 +413,21 @@ def train(cfg, splits, out, identity, background):
     teacher = None
     for stage in range(state["stage"], 3):
         # -- once a stage: the network that learns, its average, its optimiser
-        iters = (cfg.iters_0, cfg.iters_1, cfg.iters_2)[stage]
+        iters, peak = cfg.iters[stage], cfg.lr[stage]
         torch.manual_seed(cfg.seed)
         if stage == 0:
-            network, peak = Teacher(shape).to(device), cfg.lr
+            network = Teacher(shape)
         else:
             teacher = load_network(out / "teacher.pt", Teacher, device)[0].requires_grad_(False)
-            network, peak = Denoiser(shape).to(device), cfg.lr_student if cfg.warm_start else cfg.lr
+            network = Denoiser(shape)
             if stage == 1:
-                batches = (draw_batch(views, cfg, 0, cfg.iters_0 + i)[0][:, 0] for i in range(32))
+                batches = (draw_batch(views, cfg, 0, cfg.iters[0] + i)[0][:, 0] for i in range(32))
                 network.stats.copy_(splat_statistics(teacher, batches))
                 if cfg.warm_start:
                     network.warm_start(teacher.unet)
             else:
                 network.load_state_dict(load_network(out / "stage_1.pt", Denoiser)[0].state_dict())
+        network.to(device, memory_format=torch.channels_last)                 # a third faster
         average = deepcopy(network).requires_grad_(False)
         optimiser = torch.optim.Adam(network.parameters(), lr=peak, betas=(0.9, 0.99), eps=1e-8)
         if state["step"]:
@@ -449,7 +459,7 @@ def train(cfg, splits, out, identity, background):
             norm = torch.nn.utils.clip_grad_norm_(params, cfg.clip)
             if norm.isfinite():
                 optimiser.step()
-                decay = min(cfg.ema, (1 + step) / (10 + step))                # short memory at first
+                decay = min(cfg.ema, (1 + step) / (10 + step))               # short memory at first
                 torch._foreach_lerp_(averages, params, 1 - decay)
             else:
                 state["skipped"] += 1
@@ -461,16 +471,16 @@ def train(cfg, splits, out, identity, background):
             last, asked = step == iters - 1, stop.asked or done_here == cfg.max_steps
             if (step + 1) % cfg.log_every == 0 or last:
                 record = {k: float(v.detach()) for k, v in losses.items()}
-                rate = bar.format_dict["rate"] or 0.0
+                rate = (bar.format_dict["rate"] or 0.0) * len(x) * cfg.views      # rendered views
                 bins = {} if stage == 0 else {
                     f"t{lo}-{lo + 19}": float(np.mean(v)) for lo in range(0, T, 20)
                     if (v := [loss for t, loss in levels if lo <= t < lo + 20])}
                 log(stage=stage, step=step + 1, **record, by_level=bins, grad_norm=float(norm),
-                    skipped=state["skipped"], images_per_s=rate * x.shape[0] * cfg.views)
-                bar.set_postfix_str(f"loss {record['loss']:.4f}, {rate * len(x) * cfg.views:.0f} img/s")
+                    skipped=state["skipped"], images_per_s=rate)
+                bar.set_postfix_str(f"loss {record['loss']:.4f}, {rate:.0f} img/s")
                 levels = []
             if (step + 1) % cfg.preview_every == 0 or last:
-                shown = {"teacher": average} if stage == 0 else {"teacher": teacher, "ours": average}
+                shown = {"teacher": teacher or average, **({"ours": average} if stage else {})}
                 preview(shown, test, cfg, background, out / "preview.png")
             if (step + 1) % cfg.save_every == 0 or asked:
                 save(step + 1)
@@ -480,30 +490,34 @@ def train(cfg, splits, out, identity, background):
         bar.close()
         name = ("teacher", "stage_1", "stage_2")[stage]
         save_network(out / f"{name}.pt", average, dict(
-            stage=stage, dataset=cfg.dataset, data=identity, background=list(views.meta["background"]),
-            K=views.K[0].tolist(), seed=cfg.seed, iters=iters, minutes=sum(state["minutes"][:stage + 1]),
-            git=git_revision(), device=device_name(device)))
+            stage=stage, dataset=cfg.dataset, data=identity, K=views.K[0].tolist(),
+            background=list(views.meta["background"]), seed=cfg.seed, iters=iters,
+            minutes=sum(state["minutes"][:stage + 1]), git=git_revision(),
+            device=device_name(device)))
         state = dict(stage=stage + 1, step=0, skipped=state["skipped"], minutes=state["minutes"],
                      config=asdict(cfg), data=identity)
         write_atomically(out / "resume.pt", lambda f: torch.save(state, f))
         if done_here == cfg.max_steps or stop.asked:
             return stage == 2
+    stop.end()
     return True
 
 
 def main():
     cfg = parse(sys.argv[1:])
     began = time.time()
-    print(f"device: {device_name(cfg.device)}; sizes for "
-          f"{'a GPU' if cfg.device.startswith('cuda') else 'a CPU'} (any flag changes them: --help)")
+    sizes = "a GPU" if cfg.device.startswith("cuda") else "a CPU"
+    print(f"device: {device_name(cfg.device)}; sizes for {sizes} (--help lists the flags)")
     splits = data.prepare(cfg.dataset, cfg.root, cfg.size, cfg.n_train, cfg.n_test, cfg.seed)
+    if "test" not in splits:
+        data.fail(f"{cfg.dataset} in {cfg.root} has no test split to evaluate on; unpack it too")
     meta = splits["train"].meta
     identity = {k: meta[k] for k in ("dataset", "procedural", "fingerprint")}
     out = Path(cfg.out)
     background = torch.tensor(meta["background"], device=cfg.device)          # (3,)
     print(" ".join(f"{k}={v}" for k, v in asdict(cfg).items()))
     if not cfg.eval_only:
-        print(f"watch {out}/preview.png and {out}/log.jsonl; Ctrl-C saves, the same command goes on")
+        print(f"watch {out}/preview.png; Ctrl-C saves, and the same command goes on from there")
         if not train(cfg, splits, out, identity, background):
             print(f"stopped and saved; to go on: python {' '.join(sys.argv)}")
             raise SystemExit(130)
@@ -511,8 +525,12 @@ def main():
         data.fail(f"--eval_only: {out}/teacher.pt is not there; train first, without --eval_only")
     print(results(cfg, splits, out, identity, background))
     print(f"{(time.time() - began) / 60:.1f} minutes; {out}/: preview.png results.json log.jsonl "
-          f"teacher.pt stage_1.pt stage_2.pt\nnow: python sample.py <picture of a car> ")
+          f"teacher.pt stage_1.pt stage_2.pt\n"
+          f"now: python sample.py <picture of a car>")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("\nstopped; what was finished is kept, the same command goes on") from None

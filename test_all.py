@@ -1,0 +1,1103 @@
+"""Every promise of this repository, checked: python test_all.py, or pytest.
+
+Docstrings say against what: a closed form, finite differences, the reference, a repeat. Sizes are
+tiny, seeds fixed, comparisons elementwise. Tests of CUDA skip where there is none; those of shared
+samples skip where these are not at hand.
+"""
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import rasterize
+import sample
+import train
+from model import (T, T_STAR, S, Denoiser, ModelConfig, UNet, add_noise, alpha_bar, denoise,
+                   denormalise, lambda_t, load_checkpoint, load_network, normalise,
+                   splats_to_gaussians, write_atomically)
+from rasterize import (ALPHA_MAX, C0, LOW_PASS, Camera, Gaussians, benchmark_scene, invert_pose,
+                       matrix_to_quat, quat_to_matrix, render, transform)
+from teacher import Teacher, splat_statistics
+
+HERE = Path(__file__).resolve().parent
+SHARED = HERE.parent / "shared" / "data"
+
+# ---- rasterize.py --------------------------------------------------------------------------------
+
+needs_kernel = pytest.mark.skipif(rasterize.extension("cpu")[0] is None, reason="no compiler")
+KERNEL = pytest.param("cpu", marks=needs_kernel)
+every_backend = pytest.mark.parametrize("backend", ["torch", KERNEL])
+FIELDS = (*Gaussians._fields, "background")
+
+
+def awkward_scene(B=2, V=3, N=40, hw=(17, 33), degree=1, dtype=torch.float64, seed=0):
+    """Everything that is legal and unpleasant, from cameras with fx != fy and off-centre axes."""
+    rng = torch.Generator().manual_seed(seed)
+    def rand(*shape):
+        return torch.rand(*shape, generator=rng, dtype=torch.float64)
+    g, cam = benchmark_scene(B, V, N, 32)
+    g, cam = g.to(torch.float64), cam.to(torch.float64)
+    scale = g.scale * (0.3 + 2 * rand(B, N, 3))                # anisotropic
+    xyz, opacity, sh = g.xyz.clone(), g.opacity.clone(), g.sh[:, :, :1 + 3 * degree].clone()
+    if N >= 40:
+        scale[:, 0] = torch.tensor([3., 0.5, 2.])              # larger than the image
+        scale[:, 1] = torch.tensor([1., 1e-3, 1e-3])           # a needle
+        opacity[:, 2:12] = 0.999                               # ten opaque ones behind each other
+        xyz[:, 2:12] = xyz[:, 2:3] * torch.linspace(1, 2, 10).view(1, 10, 1)
+        xyz[:, 12:16] = xyz[:, 12:13]                          # equal depths
+        xyz[:, 16:20] *= 10                                    # behind, or beside the image
+        xyz[:, 20:24] = invert_pose(cam.w2c)[:, :1, :3, 3] * (1 + 0.3 * rand(B, 4, 1))   # behind
+        sh[:, 24:28, 0] -= 3                                   # colour below 0
+        opacity[:, 28:30] = 0.003                              # below 1/255
+    f = 30 + 20 * rand(B, V, 2)                                # fx != fy
+    K = torch.cat([f, torch.tensor(hw[::-1]) * (0.2 + 0.6 * rand(B, V, 2))], -1)
+    g = Gaussians(xyz, scale, 3 * g.quat, opacity, sh)
+    return g.to(dtype), Camera(cam.w2c, K, hw).to(dtype), rand(B, 3).to(dtype)
+
+
+def render_and_gradients(g, cam, background, backend):
+    """-> (rgb, alpha, depth), gradients of g and background under fixed random cotangents."""
+    leaves = [x.detach().clone().requires_grad_() for x in (*g, background)]
+    out = render(Gaussians(*leaves[:5]), cam, leaves[5], backend=backend)
+    rng = torch.Generator().manual_seed(1)
+    d_out = [torch.randn(x.shape, generator=rng, dtype=torch.float64).to(x.dtype) for x in out]
+    return [x.detach() for x in out], torch.autograd.grad(out, leaves, d_out)
+
+
+def one_gaussian(xyz=(0., 0., 2.), scale=(.1, .1, .1), opacity=0.8, rgb=(.9, .5, .2), hw=(9, 9),
+                 dtype=torch.float64):
+    """One Gaussian before a camera with f = 20 whose axis hits the centre of the middle pixel."""
+    t = lambda x: torch.tensor(x, dtype=dtype)
+    g = Gaussians(t([[xyz]]), t([[scale]]), t([[[1., 0, 0, 0]]]), t([[opacity]]),
+                  ((t(rgb) - 0.5) / C0)[None, None, None])
+    K = t([[[20., 20., hw[1] / 2, hw[0] / 2]]])
+    return g, Camera(torch.eye(4, dtype=dtype)[None, None], K, hw)
+
+
+def join(*gs):
+    return Gaussians(*[torch.cat(x, 1) for x in zip(*gs)])
+
+
+@every_backend
+def test_one_centred_gaussian_is_the_closed_form(backend):
+    """Against alpha = o exp(-r^2 / 2 s2), s2 = (scale f / z)^2 + 0.3, zero below 1/255."""
+    g, cam = one_gaussian()
+    background = torch.tensor([.1, .7, .3], dtype=torch.float64)
+    rgb, alpha, depth = render(g, cam, background, backend=backend)
+    y, x = torch.meshgrid(torch.arange(9.) - 4, torch.arange(9.) - 4, indexing="ij")
+    expect = 0.8 * torch.exp(-(x * x + y * y).double() / (2 * ((.1 * 20 / 2) ** 2 + LOW_PASS)))
+    expect = torch.where(expect >= 1 / 255, expect, 0)
+    colour = torch.tensor([.9, .5, .2], dtype=torch.float64)[:, None, None]
+    assert (expect == 0).any()
+    torch.testing.assert_close(alpha[0, 0, 0], expect)
+    torch.testing.assert_close(depth[0, 0, 0], 2 * expect)
+    torch.testing.assert_close(rgb[0, 0],
+                               expect * colour + (1 - expect) * background[:, None, None])
+
+
+@every_backend
+def test_the_nearer_gaussian_hides_the_farther(backend):
+    """Against the blend of two alphas at the middle pixel, whichever is listed first."""
+    near, cam = one_gaussian(rgb=(1., 0., 0.), opacity=0.9)
+    far, _ = one_gaussian(xyz=(0., 0., 3.), rgb=(0., 1., 0.), opacity=0.5)
+    for g in (join(near, far), join(far, near)):
+        rgb, alpha, _ = render(g, cam, (0., 0., 0.), backend=backend)
+        middle = torch.tensor([0.9, 0.1 * 0.5, 0], dtype=torch.float64)
+        torch.testing.assert_close(rgb[0, 0, :, 4, 4], middle)
+        torch.testing.assert_close(alpha[0, 0, 0, 4, 4], middle.sum())
+
+
+@every_backend
+def test_the_order_of_the_list_does_not_matter(backend):
+    """Against the same scene shuffled (its depths differ, so nothing depends on the index)."""
+    g, cam = benchmark_scene(1, 2, 60, 16)
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    for a, b in zip(render(g, cam, (1., 1., 1.), backend=backend),
+                    render(Gaussians(*[x[:, order] for x in g]), cam, (1., 1., 1.),
+                           backend=backend)):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+@every_backend
+def test_moving_scene_and_camera_together_changes_nothing(backend):
+    """Against the scene before the move; degree 1 colours turn with it."""
+    g, cam, background = awkward_scene(B=1)
+    pose = benchmark_scene(1, 1, 1, 8)[1].to(torch.float64).w2c[:, 0]         # (1, 4, 4)
+    moved = Camera(cam.w2c @ invert_pose(pose)[:, None], cam.K, cam.hw)
+    for a, b in zip(render(g, cam, background, backend=backend),
+                    render(transform(g, pose), moved, background, backend=backend)):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)   # the pose is rigid to float32
+
+
+@every_backend
+def test_shifted_intrinsics_equal_a_crop(backend):
+    """Against the window of the larger image, of splats that lie inside it."""
+    g, cam = benchmark_scene(1, 2, 60, 32)
+    g = g._replace(xyz=0.3 * g.xyz)
+    crop = Camera(cam.w2c, cam.K - torch.tensor([0., 0, 7, 9]), (15, 18))
+    for a, b in zip(render(g, cam, (1., 0., 0.), backend=backend),
+                    render(g, crop, (1., 0., 0.), backend=backend)):
+        torch.testing.assert_close(a[..., 9:24, 7:25], b, rtol=0, atol=1e-5)
+
+
+@every_backend
+def test_no_gaussian_gives_the_background(backend):
+    """Against the background itself, for N = 0 and for N = 3 behind the camera."""
+    g, cam, background = awkward_scene(N=3)
+    behind = invert_pose(cam.w2c)[:, :1, :3, 3] * torch.tensor([1.1, 1.5, 2.]).view(3, 1)
+    for g in (Gaussians(*[x[:, :0] for x in g]), g._replace(xyz=behind.expand(2, 3, 3))):
+        cam1 = Camera(cam.w2c[:, :1], cam.K[:, :1], cam.hw)
+        (rgb, alpha, depth), d = render_and_gradients(g, cam1, background, backend)
+        assert (rgb == background[:, None, :, None, None]).all()
+        assert not alpha.any() and not depth.any()
+        assert not any(x.any() for x in d[:5]) and d[5].all()
+
+
+@every_backend
+@pytest.mark.parametrize("degree", [0, 1])
+def test_gradients_agree_with_finite_differences(backend, degree):
+    """Against central differences in float64: of the reference, and of the kernel's own header."""
+    g, cam, background = awkward_scene(B=1, V=2, N=4, hw=(5, 7), degree=degree, seed=3)
+    g = g._replace(scale=3 * g.scale)
+    leaves = [x.requires_grad_() for x in (*g, background)]
+    weights = torch.randn(5, 5, 7, generator=torch.Generator().manual_seed(0)).double()
+    def weighted_sums(*x):   # of rgb, alpha and depth; one backward each instead of one per pixel
+        out = render(Gaussians(*x[:5]), cam, x[5], backend=backend)
+        return [(a * w).sum() for a, w in zip(out, weights.split([3, 1, 1]))]
+    assert torch.autograd.gradcheck(weighted_sums, leaves, eps=1e-7, atol=1e-6, rtol=1e-5)
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("degree", [0, 1])
+@pytest.mark.parametrize("hw", [(1, 1), (7, 5), (17, 33)])
+def test_the_cpu_kernel_draws_the_reference(hw, degree, dtype):
+    """Against the float64 reference: the image, then every gradient under random cotangents."""
+    scene = awkward_scene(hw=hw, degree=degree)
+    images, gradients = render_and_gradients(*scene, "torch")
+    g, cam, background = scene
+    mine, d_mine = render_and_gradients(g.to(dtype), cam.to(dtype), background.to(dtype), "cpu")
+    tolerance = 1e-11 if dtype == torch.float64 else 1e-4
+    for name, a, b in zip(("rgb", "alpha", "depth"), images, mine):
+        assert (a - b).abs().max() < tolerance * a.abs().max(), name
+    for name, a, b in zip(FIELDS, gradients, d_mine):
+        assert (a - b).abs().max() <= tolerance * a.abs().max(), name
+
+
+@needs_kernel
+def test_the_cpu_kernel_draws_the_reference_at_the_size_of_training():
+    """Against the float32 reference, 1024 splats: long lists, many bands, three views."""
+    g, cam = benchmark_scene(1, 3, 1024, 32)
+    images, gradients = render_and_gradients(g, cam, torch.ones(1, 3), "torch")
+    mine, d_mine = render_and_gradients(g, cam, torch.ones(1, 3), "cpu")
+    for a, b in zip((*images, *gradients), (*mine, *d_mine)):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * a.abs().max().item())
+
+
+@needs_kernel
+def test_a_batch_equals_one_call_per_image():
+    """Against B V single renders, bit for bit."""
+    g, cam, background = awkward_scene(dtype=torch.float32)
+    batch = render(g, cam, background, backend="cpu")
+    for b in range(2):
+        for v in range(3):
+            one = render(Gaussians(*[x[b:b + 1] for x in g]),
+                         Camera(cam.w2c[b:b + 1, v:v + 1], cam.K[b:b + 1, v:v + 1], cam.hw),
+                         background[b], backend="cpu")
+            assert all(torch.equal(x[b, v], y[0, 0]) for x, y in zip(batch, one))
+
+
+@needs_kernel
+@pytest.mark.parametrize("V", [1, 20])   # one image in strips; more images than tasks
+def test_the_number_of_threads_changes_no_bit(V):
+    """Against one thread."""
+    scene = awkward_scene(B=1, V=V, N=300, hw=(50, 40), dtype=torch.float32)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            images, gradients = render_and_gradients(*scene, "cpu")
+            results.append((*images, *gradients))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+@every_backend
+def test_what_is_clamped_or_hidden_has_exactly_zero_gradient(backend):
+    """Against zero: alpha above 0.99, colour below 0, and a Gaussian behind a finished pixel."""
+    top, cam = one_gaussian(opacity=0.999, scale=(9., 9., 9.), rgb=(.5, .5, -1.), hw=(1, 1))
+    second, _ = one_gaussian(xyz=(0., 0., 3.), opacity=0.9, scale=(9., 9., 9.), hw=(1, 1))
+    stops, _ = one_gaussian(xyz=(0., 0., 4.), opacity=0.999, scale=(9., 9., 9.), hw=(1, 1))
+    hidden, _ = one_gaussian(xyz=(0., 0., 5.), opacity=0.5, scale=(9., 9., 9.), hw=(1, 1))
+    (_, alpha, _), d = render_and_gradients(join(top, second, stops, hidden), cam,
+                                            torch.ones(1, 3).double(), backend)
+    d = Gaussians(*d[:5])
+    torch.testing.assert_close(alpha.item(), 1 - (1 - ALPHA_MAX) * 0.1)   # the third is excluded
+    assert d.opacity[0, 0] == 0 and not d.scale[0, 0].any() and not d.quat[0, 0].any()
+    assert d.sh[0, 0, 0, 2] == 0 and d.sh[0, 0, 0, 0] != 0
+    assert d.opacity[0, 1] != 0
+    assert not any(x[0, 2:].any() for x in d)
+
+
+POISON = {f"{name} {value}": (name, value) for name in Gaussians._fields
+          for value in (float("nan"), float("inf"), -float("inf"))}
+POISON.pop("scale -inf"), POISON.pop("quat -inf"), POISON.pop("xyz -inf")   # as +inf
+POISON |= {"scale 1e20": ("scale", 1e20), "quat 0": ("quat", 0.), "opacity 0": ("opacity", 0.),
+           "behind": ("xyz", -3.)}
+
+
+@needs_kernel
+@pytest.mark.parametrize("poison", POISON)
+def test_a_poisoned_gaussian_leaves_no_trace(poison):
+    """Against the scene without it, bit for bit; its own gradients are exactly 0."""
+    field, value = POISON[poison]
+    g, cam = benchmark_scene(1, 1, 30, 16)
+    cam.w2c[:] = torch.eye(4)
+    g = g._replace(xyz=g.xyz + torch.tensor([0., 0, 1.5]))
+    for element in (0, -1):                                    # the first and the last number of it
+        bad = Gaussians(*[x.clone() for x in g])
+        x = getattr(bad, field)[0, 7].view(-1)
+        if field in ("xyz", "quat") or value == 1e20:
+            x[:] = value
+        else:
+            x[element] = value
+        keep = torch.arange(30) != 7
+        images, d = render_and_gradients(bad, cam, torch.ones(1, 3), "cpu")
+        clean, d_clean = render_and_gradients(Gaussians(*[x[:, keep] for x in g]), cam,
+                                              torch.ones(1, 3), "cpu")
+        assert all(torch.equal(a, b) for a, b in zip(images, clean))
+        for a, b in zip(d[:5], d_clean[:5]):
+            assert torch.equal(a[:, keep], b) and not a[:, 7].any()
+
+
+@every_backend
+@pytest.mark.parametrize("field, value", [("scale", 0.), ("scale", 1e-20), ("scale", 1e4),
+                                          ("quat", 1e-3), ("quat", 1e3), ("opacity", 1.)])
+def test_an_extreme_gaussian_is_drawn_with_finite_gradients(backend, field, value):
+    """Against the scene without it, which must look different, and against infinity."""
+    g, cam = one_gaussian(dtype=torch.float32)
+    getattr(g, field)[:] = value
+    (_, alpha, _), d = render_and_gradients(g, cam, torch.ones(1, 3), backend)
+    assert alpha.max() > 0.5 and alpha.isfinite().all() and all(x.isfinite().all() for x in d)
+    assert abs((d[2] * g.quat).sum()) < 1e-3                   # the length of quat has no effect
+
+
+@needs_kernel
+def test_low_precision_and_autocast_draw_in_float32():
+    """Against the same numbers given as float32, bit for bit."""
+    g, cam = benchmark_scene(1, 1, 30, 16)
+    half = Gaussians(*[x.bfloat16() for x in g])
+    expect = render(half.to(torch.float32), cam, (1., 1., 1.))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for a, b in zip(expect, render(half, cam, (1., 1., 1.))):
+            assert torch.equal(a, b)
+
+
+@needs_kernel
+def test_gradients_flow_only_where_they_are_asked_for():
+    """Against the full set; and a second derivative is refused, not wrong."""
+    g, cam, background = awkward_scene(B=1)
+    full = render_and_gradients(g, cam, background, "cpu")[1]
+    xyz = g.xyz.requires_grad_()
+    out = render(g, cam, background, backend="cpu")
+    rng = torch.Generator().manual_seed(1)
+    d_out = [torch.randn(x.shape, generator=rng, dtype=x.dtype) for x in out]
+    assert torch.equal(torch.autograd.grad(out, xyz, d_out, retain_graph=True)[0], full[0])
+    d, = torch.autograd.grad(out[1].square().sum(), xyz, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        d.sum().backward()
+
+
+# ---- compiling -----------------------------------------------------------------------------------
+
+def run_python(code, cwd=HERE, **env):
+    """Starts a Python that has imported rasterize."""
+    return subprocess.Popen([sys.executable, "-c", "import rasterize\n" + code], cwd=cwd, text=True,
+                            env={**os.environ, **env}, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT)
+
+
+def test_without_a_compiler_auto_says_so_once_and_cpu_refuses(tmp_path):
+    """Against the two sentences, in a fresh process."""
+    p = run_python("""
+g, cam = rasterize.benchmark_scene(1, 1, 4, 8)
+for _ in range(2):
+    rasterize.render(g, cam, (1., 1., 1.))
+rasterize.render(g, cam, (1., 1., 1.), backend="cpu")
+""", TORCH_EXTENSIONS_DIR=str(tmp_path), CXX="/nonexistent")
+    said = p.communicate(timeout=100)[0]
+    assert p.returncode and said.count("drawing with the PyTorch reference, which is slow") == 1
+    assert "the cpu backend cannot be built: there is no C++ compiler" in said
+
+
+@needs_kernel
+def test_builds_survive_a_stale_lock_and_each_other(tmp_path):
+    """Against two processes that build at once, in a folder where a killed build left its lock."""
+    (tmp_path / "splat.h").touch()
+    (tmp_path / "rasterize.cpp").write_text(   # the smallest module there is
+        "#include <Python.h>\n#define NAME_(x) PyInit_##x\n#define NAME(x) NAME_(x)\n"
+        "static PyModuleDef def = {PyModuleDef_HEAD_INIT, \"m\", 0, -1};\n"
+        "PyMODINIT_FUNC NAME(TORCH_EXTENSION_NAME)() { return PyModule_Create(&def); }\n")
+    start = f"rasterize.CSRC = rasterize.Path({str(tmp_path)!r})\n"
+    env = {"TORCH_EXTENSIONS_DIR": str(tmp_path / "built")}
+    run_python(start + "rasterize.extension('cpu')", CXX="/nonexistent", **env).wait(100)
+    folder, = (tmp_path / "built").iterdir()
+    (folder / "lock").touch()
+    start += "module, why = rasterize.extension('cpu'); assert module, why"
+    both = [run_python(start, **env) for _ in range(2)]
+    said = [p.communicate(timeout=100)[0] for p in both]
+    assert not any(p.returncode for p in both), said
+    assert "".join(said).count("compiling") == 1
+
+
+def test_an_unknown_or_unsuitable_backend_is_refused():
+    """Against its own sentence."""
+    g, cam = benchmark_scene(1, 1, 4, 8)
+    with pytest.raises(ValueError, match="none of auto, cpu, cuda, torch"):
+        render(g, cam, (1., 1., 1.), backend="fast")
+    with pytest.raises(ValueError, match="on cpu"):
+        render(g, cam, (1., 1., 1.), backend="cuda")
+
+
+def test_rotations_survive_the_way_to_quaternions_and_back():
+    """Against the matrix itself, half turns included, where one component alone is large."""
+    q = torch.cat([torch.randn(50, 4, generator=torch.Generator().manual_seed(0)), torch.eye(4)])
+    R = quat_to_matrix(q)
+    assert torch.allclose(quat_to_matrix(matrix_to_quat(R)), R, atol=1e-6)
+    assert (matrix_to_quat(R)[:, 0] >= 0).all()
+
+
+# ---- data.py -------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="session")
+def cars(tmp_path_factory):
+    """A root with procedural cars: two to train on, one to test; copy it before changing it."""
+    root = tmp_path_factory.mktemp("cars")
+    data.prepare("cars", root, 32, n_train=2, n_test=1, quiet=True)
+    return root
+
+
+def copy_of(root, to):
+    shutil.copytree(root, to, dirs_exist_ok=True)
+    shutil.rmtree(to / ".cache", ignore_errors=True)
+    return to
+
+
+def project(w2c, K, xyz):
+    """(V, 4, 4), (V, 4), (N, 3) -> (V, N, 2) pixels."""
+    p = xyz @ w2c[:, :3, :3].mT + w2c[:, None, :3, 3]
+    return p[..., :2] / p[..., 2:] * K[:, None, :2] + K[:, None, 2:]
+
+
+def hull_agreement(views, o, masks, grid=96):
+    """Carve a voxel grid by all silhouettes (V, S, S), project what is left: IoU of each view."""
+    a, b = views.start[o], views.start[o + 1]
+    c2w, K, S = views.c2w[a:b].double(), views.K[a:b].double(), masks.shape[-1]
+    axis = (torch.arange(grid, dtype=torch.float64) + .5) / grid - .5
+    xyz = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), -1).view(-1, 3)
+    for v in range(len(masks)):
+        uv = project(c2w[v:v + 1].inverse(), K[v:v + 1], xyz)[0].floor().long()
+        inside = ((uv >= 0) & (uv < S)).all(-1)
+        uv = uv.clamp(0, S - 1)
+        xyz = xyz[inside & masks[v, uv[:, 1], uv[:, 0]]]
+    ious = []
+    for v in range(len(masks)):
+        cell = xyz[:, None] + (torch.tensor([[x, y, z] for x in (-1, 1) for y in (-1, 1)
+                                             for z in (-1, 1)]) / (4 * grid)).double()
+        uv = project(c2w[v:v + 1].inverse(), K[v:v + 1], cell.view(-1, 3))[0].floor().long()
+        drawn = torch.zeros(S, S, dtype=torch.bool)
+        drawn[uv[:, 1].clamp(0, S - 1), uv[:, 0].clamp(0, S - 1)] = True
+        ious.append(((drawn & masks[v]).sum() / (drawn | masks[v]).sum()).item())
+    return np.array(ious)
+
+
+def silhouettes(views, o):
+    """(V, S, S) bool from the alpha of an object's PNGs."""
+    folder = next(Path(views.meta["root"]).glob(f"*/{views.names[o]}"))
+    files = sorted((folder / "rgb").iterdir())
+    return torch.stack([torch.from_numpy(np.array(Image.open(f))[..., 3] > 127) for f in files])
+
+
+def test_cars_are_written_and_read_back(cars):
+    """Against what was written: counts, names, white corners, intrinsics, both doors' colours."""
+    splits = data.prepare("cars", cars, 32, n_train=2, n_test=1, quiet=True)
+    train, test = splits["train"], splits["test"]
+    assert len(train) == 2 and train.start.tolist() == [0, 50, 100] and len(test.images) == 251
+    assert not set(train.names) & set(test.names)
+    assert train.images.dtype == torch.uint8 and train.images.shape == (100, 3, 32, 32)
+    assert (train.images[:, :, 0, 0] == 255).all() and train.images.float().std() > 20
+    torch.testing.assert_close(train.K, torch.tensor([[131.25, 131.25, 64, 64]]).expand(100, 4) / 4)
+    assert train.meta["procedural"] and train.meta["fingerprint"] != test.meta["fingerprint"]
+    attributes = json.loads((cars / "cars/cars_train/train_00000/attributes.json").read_text())
+    assert set(attributes["doors"]) == {"left", "right"}
+    assert set(attributes["doors"].values()) <= set(data.DOORS)
+
+
+def test_the_source_view_of_a_batch_is_exactly_the_identity(cars):
+    """Against the definition: the source's w2c is I, the others' are inv(c2w) @ c2w_source."""
+    views = data.load(cars, "cars", "train", 32)
+    objects, index = data.draw(views, 5, 4, torch.Generator().manual_seed(1))
+    x, cam = data.gather(views, index)
+    assert x.shape == (5, 4, 3, 32, 32) and 0 <= x.min() and x.max() == 1 and cam.hw == (32, 32)
+    assert torch.equal(cam.w2c[:, 0], torch.eye(4).expand(5, 4, 4))
+    want = views.c2w[index].double().inverse() @ views.c2w[index[:, :1]].double()
+    torch.testing.assert_close(cam.w2c.double(), want, atol=1e-6, rtol=0)
+    assert torch.equal(x[2, 3], views.images[index[2, 3]].float() / 255)
+
+
+def test_a_known_point_lands_on_its_pixel():
+    """Against the pinhole formula: tiny boxes far apart, ray cast, centred on their projections."""
+    S, c2w = 128, data.look_at_origin(np.array([.48, .6, .64]))
+    where = np.array([[.3, .1, 0], [-.3, .2, .1], [0, -.25, .2]])
+    table = np.float32([[1, 1, 1, 0]] + [[0, 0, 0, 1]] * 6)         # background, then six faces
+    for xyz in where:
+        s = data.box(*np.stack([xyz - .02, xyz + .02], 1), (0, 0, 0))
+        scene = data.SimpleNamespace(n=s.n, d=s.d, corners=s.corners, table=table,
+                                     first=np.array([0, 6]), first_corner=[0],
+                                     owner=np.zeros(6, int), skin=np.ones(6, bool))
+        alpha = data.trace(scene, c2w, (131.25, 131.25, 64, 64), S)[..., 3].astype(float)
+        pixel = np.arange(S) + .5
+        got = np.array([(alpha.sum(0) * pixel).sum(), (alpha.sum(1) * pixel).sum()]) / alpha.sum()
+        want = project(torch.from_numpy(c2w).inverse()[None],
+                       torch.tensor([[131.25, 131.25, 64, 64]]).double(),
+                       torch.from_numpy(xyz)[None])[0, 0]
+        np.testing.assert_allclose(got, want, atol=.15)
+
+
+def test_silhouettes_of_a_procedural_car_agree_with_one_visual_hull(cars):
+    """Against geometry: poses, intrinsics and pictures of one object fit together."""
+    views = data.load(cars, "cars", "train", 128)
+    assert hull_agreement(views, 0, silhouettes(views, 0)).mean() >= .95
+
+
+@pytest.mark.parametrize("name, dataset", [("srn_like_mesh_cars", "cars"),
+                                           ("srn_like_mesh_chairs", "chairs")])
+def test_silhouettes_of_the_shared_meshes_agree_with_one_visual_hull(name, dataset, tmp_path):
+    """Against geometry, on files that this code did not write."""
+    if not (SHARED / name).is_dir():
+        pytest.skip(f"no {SHARED / name}")
+    (tmp_path / f"srn_{dataset}").symlink_to(SHARED / name)
+    views = data.load(tmp_path, dataset, "train", 128, quiet=True)
+    assert not views.meta["procedural"]
+    for o in range(0, len(views), 2):
+        assert hull_agreement(views, o, silhouettes(views, o)).mean() >= .9, views.names[o]
+
+
+def test_the_unseen_door_is_independent_of_the_seen_one():
+    """Against a count over many designs: all four pairs, none rare."""
+    doors = [tuple(data.design(np.random.default_rng([0, 0, i])).doors.values())
+             for i in range(400)]
+    assert all(70 < doors.count((l, r)) < 130 for l in data.DOORS for r in data.DOORS)
+
+
+def test_a_set_begun_without_a_single_car_is_completed(tmp_path):
+    """Against an interrupted start: procedural.json alone."""
+    (tmp_path / "cars").mkdir()
+    note = {"generator": "data.py", "version": data.VERSION, "seed": 0, "train": 9, "test": 9}
+    (tmp_path / "cars/procedural.json").write_text(json.dumps(note))
+    assert len(data.prepare("cars", tmp_path, 32, n_train=1, n_test=1, quiet=True)["train"]) == 1
+
+
+def test_one_seed_gives_the_same_bytes_and_more_cars_only_add(cars, tmp_path):
+    """Against a repeat, with one object missing and one half-written."""
+    again = copy_of(cars, tmp_path)
+    shutil.rmtree(again / "cars/cars_train/train_00001")
+    (again / "cars/cars_train/.train_00001/rgb").mkdir(parents=True)
+    before = (again / "cars/cars_test/test_00000/rgb/000064.png").stat().st_mtime_ns
+    splits = data.prepare("cars", again, 32, n_train=3, n_test=1, quiet=True)
+    for file in sorted((cars / "cars/cars_train").rglob("*.*")):
+        assert file.read_bytes() == (again / file.relative_to(cars)).read_bytes()
+    assert len(splits["train"]) == 3 and not list((again / "cars/cars_train").glob(".*"))
+    assert (again / "cars/cars_test/test_00000/rgb/000064.png").stat().st_mtime_ns == before
+    fewer = data.prepare("cars", again, 32, n_train=2, n_test=1, quiet=True)["train"]
+    assert fewer.meta["fingerprint"] == data.load(cars, "cars", "train", 32).meta["fingerprint"]
+
+
+@pytest.mark.parametrize("path", ["cars/cars_train", "cars/train", "srn_cars/cars_train",
+                                  "srn_cars/srn_cars/cars_train", "cars_train",
+                                  "srn_cars/cars_2.0_train", "cars/srn_cars/cars_train"])
+def test_spellings_of_the_layout_are_found(path, cars, tmp_path):
+    """Against the folders found in the wild."""
+    (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / path).symlink_to(cars / "cars/cars_train")
+    assert len(data.load(tmp_path, "cars", "train", 32)) == 2
+
+
+def test_the_real_cars_come_before_the_procedural_ones(cars, tmp_path, capsys):
+    """Against a root that has both; and what is said about it."""
+    root = copy_of(cars, tmp_path)
+    (root / "srn_cars").mkdir()
+    (root / "srn_cars/cars_train").symlink_to(cars / "cars/cars_train")
+    splits = data.prepare("cars", root, 32)
+    assert not splits["train"].meta["procedural"] and "test" not in splits
+    assert "procedural" in capsys.readouterr().out
+
+
+def test_another_size_resamples_images_and_intrinsics(cars):
+    """Against the mean of 4 x 4 pixels, and pixel centres at i + 0.5."""
+    big, small = (data.load(cars, "cars", "train", s, quiet=True) for s in (128, 32))
+    torch.testing.assert_close(small.K * 4, big.K)
+    mean = torch.nn.functional.avg_pool2d(big.images[:9].float(), 4)
+    assert (mean - small.images[:9].float()).abs().max() <= 1
+
+
+def test_the_packed_file_is_rebuilt_when_a_file_changes_and_never_used_half_written(
+        cars, tmp_path):
+    """Against a changed picture, and a packed file that lost its end."""
+    root = copy_of(cars, tmp_path)
+    views = data.load(root, "cars", "train", 32, quiet=True)
+    cache = sorted((root / ".cache").iterdir())
+    assert len(cache) == 2                                          # nothing temporary is left
+    again = data.load(root, "cars", "train", 32, quiet=True)
+    assert sorted((root / ".cache").iterdir()) == cache and torch.equal(again.images, views.images)
+    picture = root / "cars/cars_train/train_00001/rgb/000007.png"
+    Image.new("RGBA", (128, 128), (10, 20, 30, 255)).save(picture)
+    changed = data.load(root, "cars", "train", 32, quiet=True)
+    assert changed.images[57].flatten(1).unique(dim=1).flatten().tolist() == [10, 20, 30]
+    assert changed.meta["fingerprint"] != views.meta["fingerprint"]
+    packed, = (root / ".cache").glob("*.u8")                        # and the old one is gone
+    start = packed.read_bytes()[:1000]
+    packed.unlink()                                                 # its map above lives on
+    packed.write_bytes(start)
+    assert torch.equal(data.load(root, "cars", "train", 32, quiet=True).images, changed.images)
+
+
+def test_images_are_composited_once(tmp_path):
+    """Against hand-made pixels: SRN's RGB is on white already, straight alpha is not."""
+    read = lambda name, bg: data.read_image(tmp_path / name, 2, bg)[0][:, 0, 0].tolist()
+    save = lambda name, pixel: Image.fromarray(
+        np.broadcast_to(np.uint8(pixel), (2, 2, len(pixel))).copy()).save(tmp_path / name)
+    save("on_white.png", (230, 155, 130, 128))
+    save("straight.png", (205, 55, 5, 128))
+    save("clear.png", (0, 0, 0, 0))
+    save("on_black.png", (100, 40, 0, 128))
+    assert read("on_white.png", (1, 1, 1)) == [230, 155, 130]
+    assert read("straight.png", (1, 1, 1)) == [230, 155, 130]
+    assert read("clear.png", (1, 1, 1)) == [255, 255, 255]
+    assert read("on_black.png", (0, 0, 0)) == [100, 40, 0]
+    Image.fromarray(np.full((2, 2), 257 * 77, np.uint16)).save(tmp_path / "deep.png")
+    Image.fromarray(np.full((2, 2), 77, np.uint8)).save(tmp_path / "grey.png")
+    Image.new("RGB", (2, 2), (9, 8, 7)).quantize(4).save(tmp_path / "palette.png")
+    assert read("deep.png", (1, 1, 1)) == read("grey.png", (1, 1, 1)) == [77, 77, 77]
+    assert read("palette.png", (1, 1, 1)) == [9, 8, 7]
+
+
+def test_batches_are_distinct_views_of_one_object_and_repeatable(cars):
+    """Against the packed order; an object with too few views repeats them."""
+    views = data.load(cars, "cars", "train", 32)
+    objects, index = data.draw(views, 64, 50, torch.Generator().manual_seed(3))
+    assert (index.sort(1).values == views.start[objects, None] + torch.arange(50)).all()
+    assert set(objects.tolist()) == {0, 1} and len(set(index[:, 0].tolist())) > 20
+    assert torch.equal(index, data.draw(views, 64, 50, torch.Generator().manual_seed(3))[1])
+    uneven = data.replace(views, start=torch.tensor([0, 2, 100]))
+    objects, index = data.draw(uneven, 64, 5, torch.Generator().manual_seed(3))
+    own = index >= uneven.start[objects, None], index < uneven.start[objects + 1, None]
+    assert own[0].all() and own[1].all()
+    assert (index[objects == 0].sort(1).values == torch.tensor([0, 0, 0, 1, 1])).any()
+
+
+def bad(what):
+    """What a user may have -> (how to spoil a good object's folder, what the message must name)."""
+    write = lambda name, text: lambda o: (o / name).write_text(text)
+    return {
+        "no intrinsics": (lambda o: (o / "intrinsics.txt").unlink(), "intrinsics.txt"),
+        "garbled intrinsics": (write("intrinsics.txt", "a b c\n"), "intrinsics.txt"),
+        "empty intrinsics": (write("intrinsics.txt", ""), "intrinsics.txt"),
+        "negative focal": (write("intrinsics.txt", "-1 64 64 0.\n128 128\n"), "intrinsics.txt"),
+        "no pictures": (lambda o: shutil.rmtree(o / "rgb"), "rgb"),
+        "no poses": (lambda o: shutil.rmtree(o / "pose"), "pose"),
+        "a pose too few": (lambda o: (o / "pose/000003.txt").unlink(), "000003"),
+        "15 numbers": (write("pose/000003.txt", "1 " * 15), "000003.txt"),
+        "17 numbers": (write("pose/000003.txt", "1 " * 17), "000003.txt"),
+        "a pose of nan": (write("pose/000003.txt", "nan " * 16), "000003.txt"),
+        "not rigid": (write("pose/000003.txt", "2 0 0 0 0 1 0 0 0 0 1 1 0 0 0 1"), "000003.txt"),
+        "mirrored": (write("pose/000003.txt", "-1 0 0 0 0 1 0 0 0 0 1 1 0 0 0 1"), "000003.txt"),
+        "cut short": (lambda o: (o / "rgb/000003.png").write_bytes(
+            (o / "rgb/000003.png").read_bytes()[:999]), "000003.png"),
+        "no bytes": (lambda o: (o / "rgb/000003.png").write_bytes(b""), "000003.png"),
+        "not square": (lambda o: Image.new("RGB", (128, 96)).save(o / "rgb/000003.png"),
+                       "000003.png"),
+        "another size": (lambda o: Image.new("RGB", (64, 64)).save(o / "rgb/000003.png"),
+                         "000003.png"),
+    }[what]
+
+
+@pytest.mark.parametrize("what", [
+    "no intrinsics", "garbled intrinsics", "empty intrinsics", "negative focal", "no pictures",
+    "no poses", "a pose too few", "15 numbers", "17 numbers", "a pose of nan", "not rigid",
+    "mirrored", "cut short", "no bytes", "not square", "another size"])
+def test_bad_files_are_named_in_one_line(what, cars, tmp_path):
+    """Against each way of spoiling an object; nothing packed is left behind."""
+    spoil, name = bad(what)
+    car = tmp_path / "srn_cars/cars_train/a"
+    shutil.copytree(cars / "cars/cars_train/train_00000", car)
+    spoil(car)
+    with pytest.raises(SystemExit) as e:
+        data.load(tmp_path, "cars", "train", 32, quiet=True)
+    message = e.value.code
+    assert message.startswith("error: ") and "\n" not in message and name in message
+    assert not list(tmp_path.glob(".cache/*.u8"))
+
+
+def test_missing_things_are_explained_in_one_line(cars, tmp_path):
+    """Against: an unknown name, no folder, no objects, another seed, a root that is a file."""
+    def message(*args, **kwargs):
+        with pytest.raises(SystemExit) as e:
+            data.prepare(*args, quiet=True, **kwargs)
+        assert e.value.code.startswith("error: ") and "\n" not in e.value.code
+        return e.value.code
+    assert "cars, chairs" in message("horses", tmp_path)
+    assert "chairs_{train,test}" in message("chairs", tmp_path)
+    (tmp_path / "srn_chairs/chairs_train").mkdir(parents=True)
+    assert "srn_chairs/chairs_train" in message("chairs", tmp_path)
+    assert "seed 0" in message("cars", cars, seed=1)
+    (tmp_path / "file").write_text("")
+    assert "file" in message("cars", tmp_path / "file", n_train=1, n_test=1)
+
+
+def test_a_worker_process_reports_bad_files_too(cars, tmp_path):
+    """Against the same line as without workers, from enough objects to start them."""
+    for i in range(8):
+        shutil.copytree(cars / "cars/cars_train/train_00000",
+                        tmp_path / f"srn_cars/cars_train/{i}")
+    (tmp_path / "srn_cars/cars_train/5/pose/000003.txt").write_text("1 " * 15)
+    with pytest.raises(SystemExit, match="5/pose/000003.txt"):
+        data.load(tmp_path, "cars", "train", 32, quiet=True)
+
+
+# ---- model.py ------------------------------------------------------------------------------------
+
+TINY = ModelConfig(size=16, width=8, mult=(1, 2), blocks=1, attn=8)
+
+
+def random_splats(batch=2, size=16, seed=0):
+    gen = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, S, size, size, generator=gen)
+
+
+def pinhole(size, batch=2):
+    f = 131.25 * size / 128
+    return torch.tensor([[f, f, size / 2, size / 2]]).expand(batch, 4)
+
+
+def test_the_noise_schedule_falls_from_clean_to_noise():
+    """Against its two ends: almost all signal at t = 0, almost none at T - 1."""
+    a = alpha_bar(torch.arange(T))
+    assert (a.diff() < 0).all() and a[0] > 0.999 and a[-1] < 1e-3
+
+
+@pytest.mark.parametrize("steps", [1, 3, 10, 99])
+def test_denoise_recovers_an_oracle_exactly(steps):
+    """Against the closed form: if every prediction is the clean splats, so is the result; and the
+    levels that the denoiser sees fall from t to above 0."""
+    s_0, eps, levels = random_splats(), random_splats(seed=1), []
+    t = torch.tensor([99, 57])
+
+    def oracle(s_t, now, x_src):
+        levels.append(now)
+        assert torch.allclose(s_t, add_noise(s_0, now, eps), atol=1e-4)   # DDIM stays on the ray
+        return s_0
+    *_, s_hat = denoise(oracle, add_noise(s_0, t, eps), t, None, steps)
+    assert torch.equal(s_hat, s_0) and len(levels) == steps
+    assert torch.equal(levels[0], t) and (torch.stack(levels).diff(dim=0) <= 0).all()
+
+
+def test_a_splat_without_offset_projects_to_the_centre_of_its_pixel():
+    """Against the pixel grid, for an off-centre camera with fx != fy."""
+    raw, K = random_splats(), torch.tensor([[20., 25., 7., 9.]]).expand(2, 4)
+    raw[:, 1:4] = 0
+    x, y, z = splats_to_gaussians(raw, K, 0.8, 1.8).xyz.unbind(-1)            # (2, 256)
+    column, row = torch.arange(256) % 16, torch.arange(256) // 16
+    assert torch.allclose(20 * x / z + 7, column + 0.5, atol=1e-4)
+    assert torch.allclose(25 * y / z + 9, row + 0.5, atol=1e-4)
+    assert (z > 0.8).all() and (z < 1.8).all()
+
+
+def test_statistics_make_the_teachers_splats_standard_and_normalise_is_invertible():
+    """Against zero mean and unit deviation per channel, and against the rendered parameters."""
+    torch.manual_seed(0)
+    teacher = Teacher(TINY)
+    x = torch.rand(8, 3, 16, 16)
+    with torch.no_grad():
+        raw = teacher(x[:, None])
+        stats = splat_statistics(teacher, [x[:4], x[4:]])
+    s = normalise(raw, stats)
+    flat = s.movedim(1, 0).flatten(1)                                         # (24, pixels)
+    free = stats[1] > 1.1e-3                                                  # not constant
+    assert flat.mean(1).abs().max() < 1e-3 and (flat.std(1)[free] - 1).abs().max() < 1e-2
+    a, b = (splats_to_gaussians(r, pinhole(16, 8), 0.8, 1.8) for r in (raw, denormalise(s, stats)))
+    for p, q in zip(a, b):
+        sign = (p * q).sum(-1, keepdim=True).sign() if p.shape[-1] == 4 and p.dim() == 3 else 1
+        assert torch.allclose(p, sign * q, atol=1e-4)
+
+
+def test_gradients_reach_every_parameter_through_unrolled_steps():
+    """Against None and 0: three denoising steps, every weight."""
+    torch.manual_seed(0)
+    denoiser = Denoiser(TINY)
+    t, x_src = torch.tensor([99, 60]), torch.rand(2, 3, 16, 16)
+    *_, s_hat = denoise(denoiser, random_splats(), t, x_src, 3)
+    s_hat.square().mean().backward()
+    for name, p in denoiser.named_parameters():
+        assert p.grad is not None and p.grad.abs().sum() > 0, name
+
+
+def test_a_warm_start_is_the_teacher_whatever_the_noise():
+    """Against the teacher's own raw splats."""
+    torch.manual_seed(0)
+    teacher, denoiser, x = Teacher(TINY), Denoiser(TINY), torch.rand(2, 3, 16, 16)
+    denoiser.warm_start(teacher.unet)
+    for t in (0, 99):
+        mine = denoiser.unet(torch.cat([x, random_splats(seed=t)], 1), torch.full((2,), t))
+        assert torch.allclose(mine, teacher(x[:, None]), atol=1e-6)
+
+
+@pytest.mark.skipif(not (SHARED / "splatter_image_golden_w32.pt").exists(), reason="no golden here")
+def test_the_network_is_splatter_images():
+    """Against outputs recorded from its official code: raw channels, and Gaussians in the world."""
+    golden = torch.load(SHARED / "splatter_image_golden_w32.pt", weights_only=True)
+    unet, prefix = UNet(ModelConfig(width=32)), "network_with_offset."
+    rename = lambda k: k[len(prefix):].replace("encoder.", "").replace("dec.128x128_aux", "aux")
+    unet.load_state_dict({rename(k): v for k, v in golden["model_state_dict"].items()
+                          if k.startswith(prefix) and "filter" not in k})
+    with torch.no_grad():
+        raw = unet(golden["image"])
+    assert torch.allclose(raw, golden["raw"], atol=2e-4)
+    pose, truth = golden["posed_view_to_world"][:, 0].mT, golden["posed"]
+    K = torch.tensor([[131.25, 131.25, 64, 64]]).expand(2, 4)
+    g = transform(splats_to_gaussians(raw, K, 0.8, 1.8), pose)
+    g = Gaussians(*[x[:, golden["index"]] for x in g])
+    quat = g.quat * (g.quat * truth["rotation"]).sum(-1, keepdim=True).sign()
+    sh = torch.cat([truth["features_dc"], truth["features_rest"]], 2)
+    for mine, theirs in [(g.xyz, truth["xyz"]), (g.scale, truth["scaling"]), (g.sh, sh),
+                         (quat, truth["rotation"]), (g.opacity, truth["opacity"][..., 0])]:
+        assert torch.allclose(mine, theirs, atol=2e-4)
+
+
+# ---- train.py ------------------------------------------------------------------------------------
+
+def test_psnr_and_ssim_of_known_pairs():
+    """Against a constant error (20 dB), equality (1), and SSIM summed window by window."""
+    x = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    y = (x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1)))
+    assert torch.allclose(train.psnr(x + 0.1, x), torch.tensor(20.0), atol=1e-3)
+    assert torch.allclose(train.ssim(x, x), torch.tensor(1.0))
+    w = np.exp(-(np.arange(11) - 5.0) ** 2 / 4.5)
+    w = np.outer(w, w) / w.sum() ** 2
+    a, b = (np.pad(z.double().numpy(), ((0, 0), (0, 0), (5, 5), (5, 5))) for z in (x, y))
+    total = np.zeros(2)
+    for i in range(16):
+        for j in range(16):
+            p, q = a[:, :, i:i + 11, j:j + 11], b[:, :, i:i + 11, j:j + 11]
+            mean = lambda z: (w * z).sum((2, 3))                              # (2, 3)
+            mp, mq = mean(p), mean(q)
+            spread = mean(p * p) - mp ** 2 + mean(q * q) - mq ** 2
+            value = ((2 * mp * mq + 1e-4) * (2 * (mean(p * q) - mp * mq) + 9e-4)
+                     / ((mp ** 2 + mq ** 2 + 1e-4) * (spread + 9e-4)))
+            total += value.mean(1)
+    assert np.allclose(train.ssim(x, y).numpy(), total / 256, atol=1e-5)
+
+
+def scene_batch(batch=2, views=3, size=16, seed=0):
+    """Images and cameras as data.gather returns them, of nothing in particular."""
+    _, cam = benchmark_scene(batch, views, 1, size)
+    w2c = cam.w2c @ invert_pose(cam.w2c[:, :1])
+    w2c[:, 0] = torch.eye(4)
+    x = torch.rand(batch, views, 3, size, size, generator=torch.Generator().manual_seed(seed))
+    return x, Camera(w2c, cam.K, cam.hw), torch.ones(3)
+
+
+def test_the_teacher_stays_frozen_but_the_cycle_passes_gradients_through_it():
+    """Against the teacher's bytes before, and against a zero gradient at the rendered view."""
+    torch.manual_seed(0)
+    x, cam, white = scene_batch()
+    teacher = Teacher(TINY).requires_grad_(False)
+    before = deepcopy(teacher.state_dict())
+    x_hat = x.clone().requires_grad_()
+    train.cycle_loss(lambda image, K: teacher.gaussians(teacher(image[:, None]), K),
+                     x, x_hat, cam, white).backward()
+    assert x_hat.grad[:, 1].abs().sum() > 0 and x_hat.grad[:, [0, 2]].abs().sum() == 0
+    assert all(torch.equal(before[k], v) for k, v in teacher.state_dict().items())
+
+
+def test_the_cycle_looks_from_the_source_at_splats_of_the_target_frame():
+    """Against the picture itself: splats that are right in the target's frame show the source."""
+    g, cam = benchmark_scene(2, 2, 30, 16)
+    white = torch.ones(3)
+    w2c = cam.w2c @ invert_pose(cam.w2c[:, :1])
+    g_source = transform(g, cam.w2c[:, 0])                            # world = source
+    cam = Camera(w2c, cam.K, cam.hw)
+    x = render(g_source, cam, white)[0]
+    in_target = transform(g_source, w2c[:, 1])
+    assert train.cycle_loss(lambda image, K: in_target, x, x, cam, white) < 1e-8
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_stage_returns_finite_losses_and_trains_only_the_student(stage):
+    """Against NaN, and against gradients where there must be none."""
+    torch.manual_seed(0)
+    x, cam, white = scene_batch()
+    teacher, denoiser = Teacher(TINY).requires_grad_(False), Denoiser(TINY)
+    cfg = train.Config(steps=3)
+    losses, per_object = (train.stage_1, train.stage_2)[stage - 1](
+        denoiser, teacher, x, cam, white, torch.tensor([30, 99]), random_splats(), cfg)
+    losses["loss"].backward()
+    assert all(v.isfinite() for v in losses.values()) and per_object.shape == (2,)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in denoiser.parameters())
+    assert ("loss_3dgs" in losses) == (stage == 1)
+
+
+def test_the_weights_of_noise_levels_average_to_one():
+    """Against the mean over the levels that stage 2 starts from; min(SNR, 5) falls with t."""
+    t = torch.arange(T_STAR + 1, T)
+    for kind in ("min_snr", "constant", "noise"):
+        assert abs(lambda_t(t, kind).mean() - 1) < 1e-5
+    assert (lambda_t(t).diff() <= 0).all() and (lambda_t(t, "noise").diff() >= 0).all()
+
+
+def test_flags_have_the_types_of_config():
+    """Against Config: --clip=1 is a float, --mult a tuple, a bare switch is true."""
+    cfg = train.parse(["--clip=1", "--mult", "(1,2)", "--eval_only", "--out=o", "--device=cpu"])
+    assert (cfg.clip, cfg.mult, cfg.eval_only, cfg.out) == (1.0, (1, 2), True, "o")
+    assert type(cfg.clip) is float
+
+
+def test_one_car_is_learnt_by_heart(cars):
+    """Against the first loss: 40 steps of stage 0 on one object cut it to less than a third."""
+    torch.manual_seed(0)
+    views = data.load(cars, "cars", "train", 16)
+    teacher, white = Teacher(TINY), torch.ones(3)
+    optimiser, losses = torch.optim.Adam(teacher.parameters(), 3e-3), []
+    index = (views.start[0] + torch.arange(4))[None]                          # (1, V)
+    x, cam = data.gather(views, index)
+    for _ in range(40):
+        loss = train.stage_0(teacher, x, cam, white)[0]["loss"]
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] / 3
+
+
+# ---- the scripts ---------------------------------------------------------------------------------
+
+SMALL = ("--size=16 --width=8 --mult=(1,2) --attn=8 --batch=(2,2,2) --views=2 --steps=3 "
+         "--n_train=2 --n_test=1 --iters=(4,4,4) --eval_views=3 --samples=2 "
+         "--preview_every=2 --save_every=1 --log_every=1 --device=cpu").split()
+
+
+def script(name, *args, cwd=None, ok=True):
+    """Run one of our scripts as a user does; returns what it printed."""
+    run = subprocess.run([sys.executable, str(HERE / f"{name}.py"), *map(str, args)],
+                         cwd=cwd or HERE, capture_output=True, text=True,
+                         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    assert (run.returncode == 0) == ok, run.stdout + run.stderr
+    return run.stdout + run.stderr if ok else run.stderr
+
+
+@pytest.fixture(scope="session")
+def trained(cars, tmp_path_factory):
+    """A complete run of train.py: twelve steps, three stages, one table."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    return out, script("train", *SMALL, f"--root={cars}", f"--out={out}")
+
+
+def test_training_leaves_a_table_a_preview_and_the_word_procedural(trained):
+    """Against the promises of the README: files, rows, and where the data came from."""
+    out, said = trained
+    record = json.loads((out / "results.json").read_text())
+    rows = record["table"]
+    assert list(rows) == ["mean image", "teacher", "stage 1", "stage 2", "stage 2, mean of 2"]
+    assert record["data"]["procedural"] is True and record["kind"] == "procedural"
+    assert all(np.isfinite(r["psnr_novel"]) and 0 < r["ssim_novel"] <= 1 for r in rows.values())
+    assert "procedural" in said and record["lpips"] == "not run" and record["git"]
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert lines[0]["data"]["procedural"] and [(r["stage"], r["step"]) for r in lines[1:]] == [
+        (stage, step) for stage in range(3) for step in (1, 2, 3, 4)]
+    assert np.asarray(Image.open(out / "preview.png")).std() > 10
+    assert load_network(out / "stage_2.pt", Denoiser)[1]["data"]["procedural"]
+
+
+def test_interrupted_training_goes_on_bitwise(trained, cars, tmp_path):
+    """Against the uninterrupted run: stopped inside every stage, the same weights and log."""
+    out, _ = trained
+    for most in (3, 3, 3, 0):
+        script("train", *SMALL, f"--root={cars}", f"--out={tmp_path}", f"--max_steps={most}",
+               ok=not most)
+    for name in ("teacher.pt", "stage_1.pt", "stage_2.pt"):
+        a, b = (torch.load(folder / name, weights_only=True)["state"] for folder in (out, tmp_path))
+        assert all(torch.equal(a[k], b[k]) for k in a), name
+    strip = lambda r: {k: v for k, v in r.items() if k != "images_per_s"}
+    logs = [(folder / "log.jsonl").read_text().splitlines()[1:] for folder in (out, tmp_path)]
+    assert [strip(json.loads(r)) for r in logs[0]] == [strip(json.loads(r)) for r in logs[1]]
+    rows = [json.loads((d / "results.json").read_text())["table"] for d in (out, tmp_path)]
+    assert all(rows[0][k]["psnr_novel"] == rows[1][k]["psnr_novel"] for k in rows[0])
+
+
+def test_a_killed_writer_never_leaves_half_a_checkpoint(tmp_path):
+    """Against ten SIGKILLs at random moments of a process that does nothing but save."""
+    path, tensor = tmp_path / "resume.pt", torch.arange(200_000)
+    write_atomically(path, lambda f: torch.save(dict(x=tensor), f))
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        child = os.fork()
+        if child == 0:
+            while True:
+                write_atomically(path, lambda f: torch.save(dict(x=tensor), f))
+        time.sleep(float(rng.uniform(0.001, 0.05)))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        assert torch.equal(load_checkpoint(path, ["x"])["x"], tensor)
+
+
+def pictures(folder):
+    """The kinds of image people have -> paths."""
+    rng = np.random.default_rng(0)
+    rgba = rng.integers(0, 255, (40, 60, 4), dtype=np.uint8)
+    rgba[:, :20, 3] = 0
+    kinds = {"rgba.png": Image.fromarray(rgba), "grey.png": Image.fromarray(rgba[..., 0]),
+             "deep.png": Image.fromarray(rgba[..., 0].astype(np.uint16) * 257),
+             "palette.gif": Image.fromarray(rgba[..., :3]).quantize(16),
+             "photo.jpg": Image.fromarray(rgba[..., :3])}
+    for name, image in kinds.items():
+        image.save(folder / name)
+    return [folder / name for name in kinds]
+
+
+def read_ply(path):
+    """An independent reader of the standard layout -> {property: column}."""
+    raw = path.read_bytes()
+    header, body = raw.split(b"end_header\n", 1)
+    names = [line.split()[-1].decode() for line in header.splitlines() if line[:4] == b"prop"]
+    return dict(zip(names, np.frombuffer(body, "<f4").reshape(-1, len(names)).T))
+
+
+def test_sampling_writes_pictures_and_splats_and_repeats_itself(trained, tmp_path):
+    """Against constant images, a second run with the same seed, and another seed."""
+    out, _ = trained
+    image = pictures(tmp_path)[0]
+    args = [image, "--weights", out / "stage_2.pt", "--samples", 2, "--frames", 4, "--pixels", 32,
+            "--device", "cpu"]
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        script("sample", *args, "--out", tmp_path / name, "--seed", seed)
+    made = sorted(p.name for p in (tmp_path / "a").iterdir())
+    assert made == ["sample.png", "sample_0.ply", "sample_1.ply", "turntable.webp"]
+    assert np.asarray(Image.open(tmp_path / "a" / "sample.png")).std() > 1
+    assert Image.open(tmp_path / "a" / "turntable.webp").n_frames == 4
+    for name in made:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert (tmp_path / "a" / made[1]).read_bytes() != (tmp_path / "c" / made[1]).read_bytes()
+
+
+def test_every_kind_of_picture_becomes_a_square_on_the_background(tmp_path):
+    """Against shape, range, and white where the picture was transparent or is padded."""
+    for path in pictures(tmp_path):
+        x = sample.square(data.read_picture(path, (1., 1., 1.)), 30, (1., 1., 1.))
+        assert x.shape == (1, 3, 30, 30) and x.min() >= 0 and x.max() <= 1
+        assert (x[:, :, :3] > 0.99).all() and x.std() > 0.05, path
+    x = sample.square(data.read_picture(tmp_path / "rgba.png", (1., 1., 1.)), 60, (1., 1., 1.))
+    assert (x[..., :18] > 0.98).all()
+
+
+def test_a_ply_holds_the_same_gaussians(tmp_path):
+    """Against an independent reader: 62 properties, raw scales and opacities, SH by channel."""
+    g, _ = benchmark_scene(1, 1, 50, 16)
+    path = tmp_path / "g.ply"
+    path.write_bytes(sample.ply_bytes(g))
+    p = read_ply(path)
+    column = lambda *names: torch.from_numpy(np.stack([p[n] for n in names], -1))
+    assert len(p) == 62 and len(p["x"]) == 50
+    assert torch.equal(column("x", "y", "z"), g.xyz[0])
+    assert torch.allclose(column("scale_0", "scale_1", "scale_2").exp(), g.scale[0])
+    assert torch.allclose(column("opacity").sigmoid()[:, 0], g.opacity[0], atol=1e-6)
+    assert torch.equal(column("rot_0", "rot_1", "rot_2", "rot_3"), g.quat[0])
+    assert torch.equal(column("f_dc_0", "f_dc_1", "f_dc_2"), g.sh[0, :, 0])
+    for rgb in range(3):
+        names = [f"f_rest_{15 * rgb + k}" for k in range(15)]
+        assert torch.equal(column(*names[:3]), g.sh[0, :, 1:, rgb]) and not column(*names[3:]).any()
+
+
+def test_the_turntable_starts_at_the_picture_and_stays_level():
+    """Against the identity at angle 0, a constant distance and a constant height."""
+    c2w = invert_pose(sample.turn(torch.arange(8) * torch.pi / 4, 1.3, 25.0))[0]
+    centre = c2w[:, :3, 3] - torch.tensor([0, 0, 1.3])
+    level = centre @ sample.pitch(25.0)[:3, :3].mT
+    assert torch.allclose(c2w[0], torch.eye(4), atol=1e-6)
+    assert torch.allclose(centre.norm(dim=-1), torch.tensor(1.3))
+    height = 1.3 * math.sin(math.radians(25))                                 # y is down
+    assert torch.allclose(level[:, 1], torch.tensor(-height))
+
+
+def test_bad_input_is_one_clear_line(trained, cars, tmp_path):
+    """Against tracebacks: each says what is wrong with what, exits with 1, and spoils nothing."""
+    out, _ = trained
+    image = pictures(tmp_path)[0]
+    (tmp_path / "broken.png").write_bytes(image.read_bytes()[:200])
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "not.pt").write_bytes(b"not a checkpoint")
+    torch.save(dict(a=1), tmp_path / "other.pt")
+    (tmp_path / "file").write_text("")
+    before = (out / "resume.pt").read_bytes()
+    weights = ["--weights", out / "stage_2.pt", "--device", "cpu"]
+    cases = [
+        ("train", ["--epochs=3"], "--epochs"), ("train", ["--lr=fast"], "--lr"),
+        ("train", ["--mult=3"], "--mult"), ("train", ["--size=30"], "--size=30"),
+        ("train", ["--views=1"], "--views=1"), ("train", ["--weighting=best"], "--weighting=best"),
+        ("train", ["--dataset=planes"], "planes"),
+        ("train", ["--dataset=chairs", f"--root={tmp_path}"], "chairs"),
+        ("train", ["--device=cuda"], "--device=cuda"),
+        ("train", [*SMALL, f"--root={cars}", f"--out={out}", "--seed=1"], "seed: 0 -> 1"),
+        ("train", [*SMALL, f"--root={cars}", f"--out={tmp_path}/file/out"], "file/out"),
+        ("train", [*SMALL, f"--root={cars}", f"--out={tmp_path}/none", "--eval_only"],
+         "teacher.pt"),
+        ("sample", [tmp_path / "none.png", *weights], "none.png"),
+        ("sample", [tmp_path / "broken.png", *weights], "broken.png"),
+        ("sample", [tmp_path / "empty.png", *weights], "empty.png"),
+        ("sample", [image, "--weights", tmp_path / "none.pt"], "none.pt"),
+        ("sample", [image, "--weights", tmp_path / "not.pt"], "not.pt"),
+        ("sample", [image, "--weights", tmp_path / "other.pt"], "other.pt"),
+        ("sample", [image, "--weights", out / "teacher.pt"], "teacher.pt"),
+        ("sample", [image, *weights, "--out", tmp_path / "file"], "file"),
+        ("sample", [image, *weights, "--samples", "0"], "--samples 0"),
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        said = list(pool.map(lambda case: script(case[0], *case[1], ok=False), cases))
+    for (name, args, word), error in zip(cases, said):
+        line = error.strip().splitlines()[-1]
+        assert line.startswith("error: ") and word in line, (args, error)
+        assert "Traceback" not in error, (args, error)
+    assert (out / "resume.pt").read_bytes() == before
+
+
+# ---- README --------------------------------------------------------------------------------------
+
+def test_every_command_in_the_readme_parses():
+    """Against the parsers of the scripts: no flag there is out of date."""
+    text = (HERE / "README.md").read_text()
+    lines = [line.split("#")[0] for line in text.splitlines() if "python train.py" in line]
+    for line in lines:
+        train.parse(line.split("python train.py")[1].split("`")[0].split("&&")[0].split())
+    known = sample.arguments().format_help()
+    calls = [line.split("python sample.py")[1].split("`")[0] for line in text.splitlines()
+             if "python sample.py" in line]
+    flags = {word for call in calls for word in call.split() if word.startswith("--")}
+    assert lines and calls and all(flag in known for flag in flags)
+
+
+if __name__ == "__main__":
+    raise SystemExit(pytest.main(["-q", __file__, *sys.argv[1:]]))
