@@ -13,6 +13,7 @@ What the paper does not say is marked *ours*.
 import ast
 import inspect
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -44,8 +45,9 @@ class Config:
     out: str = ""                # results; "" is out/<dataset>
     device: str = ""             # cpu or cuda; "" takes the GPU if there is one
     seed: int = 0
-    n_train: int = 200           # procedural cars to make, if there are no real ones
-    n_test: int = 24
+    n_train: int = 160           # procedural cars to make, if there are no real ones
+    n_test: int = 20
+    data_seed: int = 0           # of the procedural cars
     # network, the same shape for teacher and student (the paper's student is smaller)
     size: int = 32               # pixels
     width: int = 16              # channels of the first level; see ModelConfig for these four
@@ -54,7 +56,7 @@ class Config:
     attn: int = 8
     warm_start: bool = True      # ours: the student begins with the teacher's weights
     # optimisation; numbers by stage: teacher, bootstrapping, multi-step
-    iters: tuple = (1000, 150, 100)   # steps
+    iters: tuple = (1000, 150, 150)   # steps
     batch: tuple = (8, 8, 4)     # objects a step; the paper has 100 in stage 1 and 10 in stage 2
     lr: tuple = (8e-3, 1e-3, 2e-4)    # peak learning rate of Adam
     views: int = 4               # rendered views per object, the source view among them
@@ -66,7 +68,7 @@ class Config:
     w_cyc: float = 1.0           # both stages
     weighting: str = "min_snr"   # stage 2: lambda_t, or constant, or noise
     t_star: int = T_STAR         # stage 2 starts above this noise level (paper)
-    steps: int = STEPS           # DDIM steps unrolled in stage 2 and when sampling (paper)
+    steps: int = 5               # DDIM steps unrolled in stage 2 and when sampling; paper: 10
     # watching
     eval_views: int = 50         # target views per test object, evenly spaced; 0 is all
     samples: int = 4             # samples that the row "mean of" averages
@@ -80,7 +82,8 @@ class Config:
 
 GPU = dict(n_train=2000, n_test=200, size=128, width=64, mult=(1, 2, 2, 2), attn=16,   # on a GPU
            iters=(20000, 5000, 2000), batch=(32, 32, 10), lr=(5e-4, 1e-4, 5e-5), views=4,
-           warmup=500, ema=0.999, eval_views=0, log_every=50, preview_every=500, save_every=500)
+           warmup=500, ema=0.999, steps=STEPS, eval_views=0, log_every=50,
+           preview_every=500, save_every=500)
 SESSION = {"out", "root", "device", "eval_only", "max_steps",      # may change between calls
            "log_every", "preview_every", "save_every"}
 
@@ -329,7 +332,7 @@ def device_name(device):
 def learning_rate(step, iters, peak, warmup):
     """Linear warm-up, then half a cosine down to 0."""
     ramp = min(1.0, (step + 1) / max(1, min(warmup, iters // 2)))
-    return peak * ramp * 0.5 * (1 + np.cos(np.pi * step / iters))
+    return peak * ramp * 0.5 * (1 + math.cos(math.pi * step / iters))
 
 
 def draw_batch(views, cfg, stage, step):
@@ -508,7 +511,8 @@ def main():
     began = time.time()
     sizes = "a GPU" if cfg.device.startswith("cuda") else "a CPU"
     print(f"device: {device_name(cfg.device)}; sizes for {sizes} (--help lists the flags)")
-    splits = data.prepare(cfg.dataset, cfg.root, cfg.size, cfg.n_train, cfg.n_test, cfg.seed)
+    splits = data.prepare(cfg.dataset, cfg.root, cfg.size, cfg.n_train, cfg.n_test,
+                          cfg.data_seed)
     if "test" not in splits:
         data.fail(f"{cfg.dataset} in {cfg.root} has no test split to evaluate on; unpack it too")
     meta = splits["train"].meta
