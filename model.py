@@ -315,7 +315,7 @@ def pick_device(name=""):
 def write_atomically(path, write):
     """write(temporary file), then rename: a reader sees the old file or the new one, never half."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.part")   # of a killed writer: written over next time
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as f:

@@ -56,7 +56,7 @@ class Config:
     attn: int = 8
     warm_start: bool = True      # ours: the student begins with the teacher's weights
     # optimisation; numbers by stage: teacher, bootstrapping, multi-step
-    iters: tuple = (1000, 150, 150)   # steps
+    iters: tuple = (800, 100, 100)    # steps
     batch: tuple = (8, 8, 4)     # objects a step; the paper has 100 in stage 1 and 10 in stage 2
     lr: tuple = (8e-3, 1e-3, 2e-4)    # peak learning rate of Adam
     views: int = 4               # rendered views per object, the source view among them
@@ -84,8 +84,8 @@ GPU = dict(n_train=2000, n_test=200, size=128, width=64, mult=(1, 2, 2, 2), attn
            iters=(20000, 5000, 2000), batch=(32, 32, 10), lr=(5e-4, 1e-4, 5e-5), views=4,
            warmup=500, ema=0.999, steps=STEPS, eval_views=0, log_every=50,
            preview_every=500, save_every=500)
-SESSION = {"out", "root", "device", "eval_only", "max_steps",      # may change between calls
-           "log_every", "preview_every", "save_every"}
+SESSION = {"out", "root", "device", "eval_only", "max_steps", "eval_views", "samples",
+           "log_every", "preview_every", "save_every"}             # may change between calls
 
 
 def parse(argv):
@@ -527,6 +527,8 @@ def main():
             raise SystemExit(130)
     elif not (out / "teacher.pt").exists():
         data.fail(f"--eval_only: {out}/teacher.pt is not there; train first, without --eval_only")
+    else:
+        resume(out / "resume.pt", cfg, identity)                              # the same settings?
     print(results(cfg, splits, out, identity, background))
     print(f"{(time.time() - began) / 60:.1f} minutes; {out}/: preview.png results.json log.jsonl "
           f"teacher.pt stage_1.pt stage_2.pt\n"
