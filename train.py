@@ -56,9 +56,9 @@ class Config:
     attn: int = 8
     warm_start: bool = True      # ours: the student begins with the teacher's weights
     # optimisation; numbers by stage: teacher, bootstrapping, multi-step
-    iters: tuple = (800, 100, 100)    # steps
+    iters: tuple = (800, 100, 180)    # steps
     batch: tuple = (8, 8, 4)     # objects a step; the paper has 100 in stage 1 and 10 in stage 2
-    lr: tuple = (8e-3, 1e-3, 2e-4)    # peak learning rate of Adam
+    lr: tuple = (8e-3, 5e-4, 3e-4)    # peak learning rate of Adam
     views: int = 4               # rendered views per object, the source view among them
     warmup: int = 20             # steps of linear warm-up, then a cosine down to 0
     clip: float = 1.0            # gradient norm
