@@ -3,7 +3,7 @@
 The one door is `render(g, cam, background) -> rgb, alpha, depth`: differentiable, batched over
 B objects x V views, each object with Gaussians of its own. `render_reference` below is the
 *definition* of the image, in plain PyTorch and slow: every Gaussian is evaluated at every pixel.
-The kernels in csrc/ draw the same image, about a thousand times faster; they are compiled on first
+The kernels in csrc/ draw the same image, several hundred times faster; they are compiled on first
 use, and where that fails the reference draws. `python rasterize.py` times both.
 No networks, losses or files in here.
 
@@ -182,7 +182,7 @@ def blend(pixel, xy, cov, det, z, opacity, rgb, background):
     trans = F.pad((1 - a).cumprod(0), (0, 0, 1, 0), value=1.0)                # (N+1, P): T_0..T_end
     weight = a * trans[:-1]                                                   # (N, P) = T_i a_i
     seen = torch.cat([rgb, torch.ones_like(z)[:, None], z[:, None]], -1)      # (N, 5)
-    back = F.pad(background, (0, 2))                                          # (5,) no alpha, no depth
+    back = F.pad(background, (0, 2))                                           # (5,)
     return weight.mT @ seen + trans[-1][:, None] * back                       # (P, 5)
 
 
@@ -242,11 +242,19 @@ def extension(device):
     sources = {"cpu": ["rasterize.cpp"], "cuda": ["rasterize.cpp", "rasterize.cu"]}.get(device)
     if not sources or not all((CSRC / x).exists() for x in sources):
         return None, f"csrc/ has no kernel for {device}"
-    flags = FLAGS + OPENMP
+    if device == "cuda" and not torch.cuda.is_available():
+        return None, "there is no GPU that PyTorch can use"
+    flags, cuda_flags = FLAGS + OPENMP, []
     if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
         flags += ["-mavx2", "-mfma"]   # not -march=native: machines may share a home folder
-    key = repr([device, flags, sys.version, torch.__version__, platform.machine()]).encode()
-    key += b"".join((CSRC / x).read_bytes() for x in ["splat.h", *sources])
+    if device == "cuda":
+        flags += ["-DWITH_CUDA"]
+        sm = "".join(map(str, torch.cuda.get_device_capability()))   # for this GPU alone
+        # Division and root to 2 units in the last place, denormals are 0; NaN stays NaN.
+        cuda_flags = ["-O3", "-ftz=true", "-prec-div=false", "-prec-sqrt=false",
+                      f"-gencode=arch=compute_{sm},code=sm_{sm}"]
+    key = repr([device, flags, cuda_flags, sys.version, torch.__version__, platform.machine()])
+    key = key.encode() + b"".join((CSRC / x).read_bytes() for x in ["splat.h", *sources])
     name = f"splats_{device}_{hashlib.sha256(key).hexdigest()[:16]}"
     root = os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions")
     folder = Path(root).expanduser() / name
@@ -257,7 +265,7 @@ def extension(device):
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not (folder / "done").exists():
                 (folder / "lock").unlink(missing_ok=True)   # torch's own: a killed build leaves it
-                compile_extension(name, sources, flags, folder)
+                compile_extension(name, sources, flags, cuda_flags, folder)
                 (folder / "done").touch()
         spec = importlib.util.spec_from_file_location(name, folder / f"{name}.so")
         module = importlib.util.module_from_spec(spec)
@@ -267,8 +275,8 @@ def extension(device):
         return None, str(e)
 
 
-def compile_extension(name, sources, flags, folder):
-    """The slow part of `extension`; says in a sentence which of three usual things is missing."""
+def compile_extension(name, sources, flags, cuda_flags, folder):
+    """The slow part of `extension`; says in a sentence which of four usual things is missing."""
     if importlib.util.find_spec("ninja"):   # venv/bin/python does not put venv/bin on the PATH
         import ninja
         os.environ["PATH"] += os.pathsep + ninja.BIN_DIR
@@ -279,9 +287,15 @@ def compile_extension(name, sources, flags, folder):
         raise RuntimeError("there is no ninja (pip install ninja)")
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         raise RuntimeError("there is no Python.h (the system's package is called python3-dev)")
-    print("rasterize: compiling csrc/ (once, about half a minute)", flush=True)
     from torch.utils import cpp_extension   # slow to import
+    if cuda_flags and not (cpp_extension.CUDA_HOME
+                           and shutil.which(Path(cpp_extension.CUDA_HOME, "bin", "nvcc"))):
+        raise RuntimeError("there is no CUDA compiler nvcc (CUDA_HOME can name the folder of a "
+                           f"toolkit, which should be version {torch.version.cuda} as PyTorch's)")
+    print(f"rasterize: compiling csrc/ (once, about {'a' if cuda_flags else 'half a'} minute)",
+          flush=True)
     cpp_extension.load(name, [str(CSRC / x) for x in sources], extra_cflags=flags,
+                       extra_cuda_cflags=cuda_flags,
                        extra_ldflags=OPENMP, build_directory=str(folder))
 
 
@@ -339,11 +353,22 @@ def render(g, cam, background, near=NEAR, backend="auto"):
     Returns rgb (B, V, 3, H, W), not clamped; alpha (B, V, 1, H, W) in [0, 1); and depth
     (B, V, 1, H, W) = sum of weight x z, not divided by alpha. Differentiable in every field of
     `g` and in the background. A Gaussian with NaN, Inf or a zero quaternion is not drawn.
+    In a CUDA graph nothing waits for the device, if the background is a tensor on it. Under
+    torch.compile this call is a graph break: there is nothing in it to compile.
     """
+    if torch.compiler.is_compiling():   # not a decorator, which would import the compiler here
+        return torch.compiler.disable(draw)(g, cam, background, near, backend)
+    return draw(g, cam, background, near, backend)
+
+
+def draw(g, cam, background, near, backend):
+    """`render` itself."""
     device = g.xyz.device
     dtype = torch.float64 if g.xyz.dtype == torch.float64 else torch.float32   # never half
     g, cam = g.to(dtype), cam.to(dtype)
     background = torch.as_tensor(background, dtype=dtype, device=device).expand(len(g.xyz), 3)
+    if backend == "auto" and device.type == "cuda" and dtype == torch.float64:
+        backend = "torch"   # the CUDA kernels are float32 only
     module = choose(backend, device.type)
     with torch.autocast(device.type, enabled=False):
         if module is None:
@@ -354,11 +379,12 @@ def render(g, cam, background, near=NEAR, backend="auto"):
 # ---- python rasterize.py: a benchmark ------------------------------------------------------------
 
 def benchmark_scene(B, V, N, size, device="cpu"):
-    """Gaussians of about one pixel on B ellipsoid shells, V cameras around each."""
+    """Gaussians of about one pixel on B ellipsoid shells, V cameras around each; size or (H, W)."""
     rng = torch.Generator().manual_seed(0)
     def normal(*shape):
         return torch.randn(*shape, generator=rng)
-    f = 131.25 * size / 128                                                   # 52 degrees
+    h, w = (size, size) if isinstance(size, int) else size
+    f = 131.25 * w / 128                                                      # 52 degrees
     g = Gaussians(F.normalize(normal(B, N, 3), dim=-1) * torch.tensor([.40, .18, .15]),
                   (0.4 * normal(B, N, 3)).exp() * 1.3 / f, normal(B, N, 4),
                   (1.5 * normal(B, N)).sigmoid(), 0.5 * normal(B, N, 4, 3))
@@ -367,8 +393,8 @@ def benchmark_scene(B, V, N, size, device="cpu"):
     x = F.normalize(torch.linalg.cross(z, torch.tensor([0., 0, 1]).expand_as(z)), dim=-1)
     c2w = torch.eye(4).repeat(B, V, 1, 1)                                     # (B, V, 4, 4)
     c2w[..., :3, :] = torch.stack([x, torch.linalg.cross(z, x), z, eye], -1)
-    K = torch.tensor([f, f, size / 2, size / 2]).repeat(B, V, 1)              # (B, V, 4)
-    return g.to(device), Camera(invert_pose(c2w), K, (size, size)).to(device)
+    K = torch.tensor([f, f, w / 2, h / 2]).repeat(B, V, 1)                    # (B, V, 4)
+    return g.to(device), Camera(invert_pose(c2w), K, (h, w)).to(device)
 
 
 def milliseconds(f, device, budget=3000):
@@ -380,38 +406,118 @@ def milliseconds(f, device, budget=3000):
             torch.cuda.synchronize()
         return 1e3 * (time.perf_counter() - start)
     times = [once()]
-    while sum(times) < budget:
+    while device == "cpu" and sum(times) < budget:
         times.append(once())
+    if device == "cuda":   # by the device's own clock, with calls following each other closely
+        n = max(5, min(100, int(budget / 3 / once())))
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(n + 1)]
+        marks[0].record()
+        for mark in marks[1:]:
+            f()
+            mark.record()
+        torch.cuda.synchronize()
+        times += [a.elapsed_time(b) for a, b in zip(marks, marks[1:])]
     times = sorted(times[1:] or times)   # a call that takes the whole budget is its own warm-up
     return times[len(times) // 2], times[0], times[-1]
 
 
+def graphed(f):
+    """f as a replay of a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):   # a first call outside the graph, to compile and initialise
+        f()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        f()
+    return graph.replay
+
+
+def gsplat(g, cam, background, tile):
+    """The images of `render` but for depth, by the package gsplat, where `sh` is taken for rgb."""
+    from gsplat import rasterization
+    K = torch.eye(3, device=cam.K.device).repeat(*cam.K.shape[:2], 1, 1)      # (B, V, 3, 3)
+    K[..., 0, 0], K[..., 1, 1] = cam.K[..., 0], cam.K[..., 1]
+    K[..., :2, 2] = cam.K[..., 2:]
+    rgb, alpha, _ = rasterization(
+        g.xyz, g.quat, g.scale, g.opacity, g.sh, cam.w2c, K, cam.hw[1], cam.hw[0],
+        near_plane=NEAR, packed=False, tile_size=tile,
+        backgrounds=background[:, None].expand(-1, cam.w2c.shape[1], 3))
+    return rgb.movedim(-1, 2), alpha.movedim(-1, 2)
+
+
 def benchmark(device, cases):
-    """One table. A further column is a further function with the arguments of `render`."""
+    """One table. A further row is a further function with the arguments of `render`."""
     painters = {"reference": functools.partial(render, backend="torch"),
-                "kernel": functools.partial(render, backend=device)}
-    print(f"{device}, {torch.get_num_threads()} threads; milliseconds: median (least..most)")
-    print(f"{'B x V x N, pixels':34}{'forward':>11}{'forward+backward':>33}{'speed-up':>22}")
+                "kernel": functools.partial(render, backend=device),
+                "gsplat 8": functools.partial(gsplat, tile=8),
+                "gsplat 16": functools.partial(gsplat, tile=16)}
+    cuda = device == "cuda"
+    where = torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads"
+    print(f"{where}; milliseconds: median (least..most)\n{'B x V x N, pixels':37}"
+          f"{'forward':>11}{'forward+backward':>33}{'':12}"
+          + (f"{'both in a CUDA graph':>26}{'':31}{'MiB':>7}" if cuda else "")
+          + f"{'speed-up':>10}   differences: image, gradients")
     for B, V, N, size, names in cases:
         g, cam = benchmark_scene(B, V, N, size, device)
-        leaves = [x.requires_grad_() for x in g]
-        d_out = [torch.rand(B, V, c, size, size, device=device) for c in (3, 1, 1)]
-        first = None
+        h, w = cam.hw
+        if cuda:   # what gsplat can do too: one colour per Gaussian, and its alpha ends at 0.999
+            g = g._replace(sh=g.sh[:, :, :1].contiguous(), opacity=g.opacity.clamp(max=0.98))
+        background = torch.ones(B, 3, device=device)
+        d_out = [torch.rand(B, V, 3, h, w, device=device), torch.rand(B, V, 1, h, w, device=device),
+                 torch.zeros(B, V, 1, h, w, device=device)]
+        best = first = None
         for name in names:
+            paint, scene, d = painters[name], g, d_out
+            if name == "kernel":
+                choose(device, device)   # compile before the clock runs
+            if "gsplat" in name:
+                scene = g._replace(sh=(0.5 + C0 * g.sh[:, :, 0]).clamp(min=0))
+                d = [x.movedim(2, -1).contiguous().movedim(-1, 2) for x in d_out[:2]]
+            leaves = [x.detach().requires_grad_() for x in scene]
+            scene = Gaussians(*leaves)
             def forward():
                 with torch.no_grad():
-                    painters[name](g, cam, (1., 1., 1.))
+                    return paint(scene, cam, background)
             def both():
-                torch.autograd.grad(painters[name](g, cam, (1., 1., 1.)), leaves, d_out)
+                return torch.autograd.grad(paint(scene, cam, background), leaves, d)
             times = [milliseconds(forward, device), milliseconds(both, device)]
-            first = first or times[1][0]
-            row = "".join(f"{m:11.1f} {f'({a:.1f}..{b:.1f})' if b > a else '(once)':16}"
+            more = ""
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                both()
+                more = f"{(torch.cuda.max_memory_allocated() - before) / 2 ** 20:8.0f}"
+                if "gsplat" in name:   # it waits for the device, and so cannot be in a graph
+                    more = f"{'-':>11}{'':17}{'-':>11}{'':17}" + more
+                else:
+                    times += [milliseconds(graphed(forward), device),
+                              milliseconds(graphed(both), device)]
+            row = "".join(f"{m:11.3f} {f'({a:.3f}..{b:.3f})' if b > a else '(once)':16}"
                           for m, a, b in times)
-            faster = f"{first / times[1][0]:9.0f}x" if first != times[1][0] else ""
-            print(f"{f'{B} x {V} x {N}, {size}x{size}':24}{name:10}{row}{faster}", flush=True)
+            mine = min(t[0] for t in times[1::2])   # forward+backward, as it is best run
+            faster = f"{best / mine:9.1f}x" if best else f"{'':10}"
+            best = min(mine, best or mine)
+            images, gradients = forward()[:2], list(both())
+            if "gsplat" in name:
+                gradients[4] = (C0 * gradients[4] * (scene.sh > 0))[:, :, None]
+            if first:
+                faster += "   " + ", ".join(
+                    f"{max(((a - b).abs().max() / s).item() for a, b, s in z):.0e}" for z in (
+                        [(a, b, 1) for a, b in zip(*first[:1], images)],
+                        [(a, b, a.abs().max()) for a, b in zip(first[1], gradients)]))
+            first = first or (images, gradients)
+            print(f"{f'{B} x {V} x {N}, {h}x{w}':27}{name:10}{row}{more}{faster}", flush=True)
 
 
 if __name__ == "__main__":
-    benchmark("cpu", [(4, 4, 4096, 64, ["reference", "kernel"]),
-                      (16, 3, 1024, 32, ["reference", "kernel"]),
-                      (1, 1, 16384, 128, ["kernel"])])
+    if torch.cuda.is_available():
+        names = ["gsplat 8", "gsplat 16"] if importlib.util.find_spec("gsplat") else []
+        benchmark("cuda", [(*case, names + ["kernel"]) for case in [
+            (32, 4, 16384, 128), (32, 4, 4096, 64), (4, 3, 196608, (256, 384)),
+            (1, 1, 16384, 128), (100, 1, 16384, 128)]])
+    else:
+        benchmark("cpu", [(4, 4, 4096, 64, ["reference", "kernel"]),
+                          (16, 3, 1024, 32, ["reference", "kernel"]),
+                          (1, 1, 16384, 128, ["kernel"])])

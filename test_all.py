@@ -4,6 +4,7 @@ Docstrings say against what: a closed form, finite differences, the reference, a
 tiny, seeds fixed, comparisons elementwise. Tests of CUDA skip where there is none; those of shared
 samples skip where these are not at hand.
 """
+import importlib.util
 import json
 import math
 import os
@@ -72,7 +73,7 @@ def render_and_gradients(g, cam, background, backend):
     leaves = [x.detach().clone().requires_grad_() for x in (*g, background)]
     out = render(Gaussians(*leaves[:5]), cam, leaves[5], backend=backend)
     rng = torch.Generator().manual_seed(1)
-    d_out = [torch.randn(x.shape, generator=rng, dtype=torch.float64).to(x.dtype) for x in out]
+    d_out = [torch.randn(x.shape, generator=rng, dtype=torch.float64).to(x) for x in out]
     return [x.detach() for x in out], torch.autograd.grad(out, leaves, d_out)
 
 
@@ -379,6 +380,228 @@ def test_rotations_survive_the_way_to_quaternions_and_back():
     R = quat_to_matrix(q)
     assert torch.allclose(quat_to_matrix(matrix_to_quat(R)), R, atol=1e-6)
     assert (matrix_to_quat(R)[:, 0] >= 0).all()
+
+
+# ---- csrc/rasterize.cu ---------------------------------------------------------------------------
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available()
+                                or rasterize.extension("cuda")[0] is None,
+                                reason="no GPU, or no nvcc")
+
+
+def on_cuda(g, cam, background):
+    return g.to("cuda"), cam.to("cuda"), background.to("cuda")
+
+
+def assert_close_but_for_flips(mine, theirs, tolerance, fraction=1e-4):
+    """Rounding moves a few fragments across 1/255, 0.99 or 1e-4, or past a neighbour in depth: a
+    small fraction of the numbers may differ by more than the tolerance x the largest."""
+    mine, theirs = mine.double().cpu(), theirs.double().cpu()
+    assert mine.isfinite().all()
+    off = (mine - theirs).abs() > tolerance * theirs.abs().max()
+    assert off.double().mean() <= fraction, off.double().mean()
+
+
+@needs_cuda
+@pytest.mark.parametrize("degree", [0, 1])
+@pytest.mark.parametrize("hw", [(1, 1), (7, 5), (17, 33), (33, 65)])
+def test_the_cuda_kernel_draws_the_reference(hw, degree):
+    """Against the float64 reference and the CPU kernel: the image, then every gradient."""
+    scene = awkward_scene(hw=hw, degree=degree)
+    single = [x.to(torch.float32) for x in scene]
+    mine = sum(map(list, render_and_gradients(*on_cuda(*single), "cuda")), [])
+    names = ("rgb", "alpha", "depth", *FIELDS)
+    for other in (render_and_gradients(*scene, "torch"), render_and_gradients(*single, "cpu")):
+        for name, a, b in zip(names, sum(map(list, other), []), mine):
+            tolerance = 1e-4 if name in names[:3] else 1e-3
+            off, largest = (a - b.cpu()).abs().max().item(), a.abs().max().item()
+            assert off <= tolerance * largest, (name, off, largest)
+
+
+@needs_cuda
+@pytest.mark.parametrize("N, size", [(1025, 40), (4097, 64), (16384, 128), (20000, (60, 100))])
+def test_the_cuda_kernel_draws_what_the_cpu_draws_at_full_size(N, size):
+    """Against the CPU kernel: one scene for every way to sort, and none a multiple of a block."""
+    g, cam = benchmark_scene(2, 2, N, size)
+    images, gradients = render_and_gradients(g, cam, torch.ones(2, 3), "cpu")
+    mine, d_mine = render_and_gradients(*on_cuda(g, cam, torch.ones(2, 3)), "cuda")
+    for a, b in zip(mine, images):
+        assert_close_but_for_flips(a, b, 1e-4)
+        assert (a.cpu() - b).abs().max() <= (1 / 255 + 1e-4) * b.abs().max()
+    for a, b in zip(d_mine, gradients):
+        assert_close_but_for_flips(a, b, 1e-3)
+
+
+@needs_cuda
+def test_the_cuda_kernel_draws_the_float64_reference_at_full_size():
+    """Against the reference in float64, which is what draws float64 on a GPU."""
+    g, cam = benchmark_scene(1, 1, 16384, 128, "cuda")
+    background = torch.ones(1, 3, device="cuda")
+    mine, d_mine = render_and_gradients(g, cam, background, "cuda")
+    images, gradients = render_and_gradients(*[x.to(torch.float64) for x in (g, cam, background)],
+                                             "auto")
+    assert images[0].dtype == torch.float64
+    for a, b in zip((*mine, *d_mine), (*images, *gradients)):
+        assert_close_but_for_flips(a, b, 1e-3 if a.dim() < 5 else 1e-4, 1e-3)
+
+
+@needs_cuda
+def test_a_batch_on_cuda_equals_one_call_per_image():
+    """Against B V single renders, bit for bit, and against itself."""
+    g, cam = benchmark_scene(3, 5, 500, 40, "cuda")
+    background = torch.rand(3, 3, device="cuda")
+    batch = render(g, cam, background)
+    assert all(torch.equal(a, b) for a, b in zip(batch, render(g, cam, background)))
+    for b in range(3):
+        for v in range(5):
+            one = render(Gaussians(*[x[b:b + 1] for x in g]),
+                         Camera(cam.w2c[b:b + 1, v:v + 1], cam.K[b:b + 1, v:v + 1], cam.hw),
+                         background[b])
+            assert all(torch.equal(x[b, v], y[0, 0]) for x, y in zip(batch, one))
+
+
+@needs_cuda
+def test_equal_depths_on_cuda_are_drawn_by_index():
+    """Against the CPU kernel, with all Gaussians in one plane before the camera."""
+    g, cam = benchmark_scene(1, 1, 3000, 32)
+    g.xyz[..., 2], cam.w2c[:] = 1.3, torch.eye(4)
+    theirs = render(g, cam, (1., 1., 1.))
+    for a, b in zip(render(g.to("cuda"), cam.to("cuda"), (1., 1., 1.)), theirs):
+        torch.testing.assert_close(a.cpu(), b, rtol=0, atol=1e-4)
+
+
+@needs_cuda
+@pytest.mark.parametrize("poison", POISON)
+def test_a_poisoned_gaussian_leaves_no_trace_on_cuda(poison):
+    """Against the scene without it: the image bit for bit; its own gradients are exactly 0."""
+    field, value = POISON[poison]
+    g, cam = benchmark_scene(1, 1, 30, 16)
+    cam.w2c[:] = torch.eye(4)
+    g = g._replace(xyz=g.xyz + torch.tensor([0., 0, 1.5]))
+    for element in (0, -1):
+        bad = Gaussians(*[x.clone() for x in g])
+        x = getattr(bad, field)[0, 7].view(-1)
+        if field in ("xyz", "quat") or value == 1e20:
+            x[:] = value
+        else:
+            x[element] = value
+        keep = torch.arange(30) != 7
+        images, d = render_and_gradients(*on_cuda(bad, cam, torch.ones(1, 3)), "cuda")
+        clean, d_clean = render_and_gradients(
+            *on_cuda(Gaussians(*[x[:, keep] for x in g]), cam, torch.ones(1, 3)), "cuda")
+        assert all(torch.equal(a, b) for a, b in zip(images, clean))
+        for a, b in zip(d[:5], d_clean[:5]):
+            torch.testing.assert_close(a[:, keep], b, rtol=1e-4, atol=1e-5 * b.abs().max().item())
+            assert not a[:, 7].any()
+
+
+@needs_cuda
+def test_no_gaussian_on_cuda_gives_the_background():
+    """Against the background itself, for N = 0 and for N = 3 behind the camera."""
+    g, cam, background = on_cuda(*awkward_scene(N=3, dtype=torch.float32))
+    for g in (Gaussians(*[x[:, :0] for x in g]), g._replace(opacity=0 * g.opacity)):
+        (rgb, alpha, depth), d = render_and_gradients(g, cam, background, "cuda")
+        assert (rgb == background[:, None, :, None, None]).all()
+        assert not alpha.any() and not depth.any()
+        assert not any(x.any() for x in d[:5]) and d[5].all()
+
+
+@needs_cuda
+@pytest.mark.parametrize("N", [300, 17000])
+def test_a_cuda_graph_replays_with_new_numbers_and_nothing_waits_for_the_device(N):
+    """Against eager calls; the debug mode turns every wait into an error."""
+    (g, cam), (g2, cam2) = (benchmark_scene(2, 2, N, 24, "cuda") for _ in range(2))
+    g2 = g2._replace(xyz=0.8 * g2.xyz, opacity=0.9 * g2.opacity)
+    background = torch.rand(2, 3, device="cuda")
+    d_out = [torch.rand(2, 2, c, 24, 24, device="cuda") for c in (3, 1, 1)]
+    leaves = [x.requires_grad_() for x in (*g, background)]
+    def step():
+        out = render(Gaussians(*leaves[:5]), cam, background)
+        return (*out, *torch.autograd.grad(out, leaves, d_out))
+    stream = torch.cuda.Stream()   # and one that is not the default
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            elsewhere = step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for changed in (False, True):
+        if changed:
+            with torch.no_grad():
+                for x, y in zip(leaves, g2):
+                    x.copy_(y)
+        graph.replay()
+        expect = step()
+        for a, b in zip(captured, expect):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item())
+        assert all(torch.equal(a, b) for a, b in zip(captured[:3], expect))
+        assert changed or all(torch.equal(a, b) for a, b in zip(captured[:3], elsewhere))
+
+
+@needs_cuda
+def test_strided_inputs_and_partial_gradients_on_cuda():
+    """Against contiguous inputs, and against the full set of gradients."""
+    g, cam, background = on_cuda(*awkward_scene(dtype=torch.float32))
+    images, full = render_and_gradients(g, cam, background, "cuda")
+    strided = Gaussians(*[x.mT.contiguous().mT if x.dim() > 2 else x for x in g])
+    xyz = strided.xyz.requires_grad_()
+    out = render(strided._replace(xyz=xyz), cam, background)
+    assert all(torch.equal(a, b) for a, b in zip(out, images))
+    rng = torch.Generator().manual_seed(1)
+    d_out = [torch.randn(x.shape, generator=rng, dtype=torch.float64).float().cuda() for x in out]
+    d, = torch.autograd.grad(out, xyz, d_out)
+    torch.testing.assert_close(d, full[0], rtol=1e-4, atol=1e-5 * d.abs().max().item())
+
+
+@needs_cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_the_second_gpu_draws_what_the_first_draws():
+    """Against the first, while the first is the current one; and a mix of both is refused."""
+    scene = awkward_scene(dtype=torch.float32)
+    there = [x.to("cuda:1") for x in scene]
+    assert all(torch.equal(a.cpu(), b.cpu())
+               for a, b in zip(render(*there), render(*on_cuda(*scene))))
+    with pytest.raises(RuntimeError, match="one GPU"):
+        render(there[0], scene[1].to("cuda:0"), there[2])
+
+
+@needs_cuda
+@pytest.mark.skipif(not importlib.util.find_spec("gsplat"), reason="gsplat is not installed")
+@pytest.mark.parametrize("B, V, N, size", [(4, 4, 16384, 128), (1, 3, 196608, (256, 384))])
+def test_gsplat_draws_the_same_image(B, V, N, size):
+    """Against gsplat: rgb and alpha, then every gradient, where the conventions are the same."""
+    g, cam = benchmark_scene(B, V, N, size, "cuda")
+    g = g._replace(sh=g.sh[:, :, :1], opacity=g.opacity.clamp(max=0.98))   # its alpha ends at 0.999
+    background = torch.ones(B, 3, device="cuda")
+    rgb = 0.5 + C0 * g.sh[:, :, 0]
+    mine, theirs = ([x.detach().clone().requires_grad_() for x in y]
+                    for y in (g, g._replace(sh=rgb.clamp(min=0))))
+    out = render(Gaussians(*mine), cam, background)[:2]
+    peer = rasterize.gsplat(Gaussians(*theirs), cam, background, 16)
+    d_out = [torch.rand_like(x) for x in out]
+    d, d_peer = torch.autograd.grad(out, mine, d_out), torch.autograd.grad(peer, theirs, d_out)
+    d_peer = (*d_peer[:4], (C0 * d_peer[4] * (rgb > 0))[:, :, None])
+    for a, b in zip(out, peer):
+        assert_close_but_for_flips(a.detach(), b.detach(), 1e-4)
+    for a, b in zip(d, d_peer):
+        assert_close_but_for_flips(a, b, 1e-3)
+
+
+def test_compiled_code_can_call_render():
+    """Against the same function uncompiled: `render` is a break in the graph, not an error."""
+    g, cam = benchmark_scene(1, 1, 30, 8)
+    def f(g, cam, background):
+        return render(g, cam, 2 * background)[0].square().sum()
+    background = torch.ones(3)
+    torch.testing.assert_close(torch.compile(f, backend="eager")(g, cam, background),
+                               f(g, cam, background))
 
 
 # ---- data.py -------------------------------------------------------------------------------------

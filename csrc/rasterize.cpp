@@ -17,43 +17,18 @@
 #include <utility>
 #include <vector>
 #include "splat.h"
+#ifdef WITH_CUDA
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
 
 using at::Tensor;
 
 constexpr int BAND = 8;     // rows
 constexpr int TASKS = 16;   // fewer images than this are cut into strips, to occupy all cores
 
-// ---- memory -------------------------------------------------------------------------------------
-
-// The five parameters of B N Gaussians, or their gradients.
-template <class T> struct Scene {
-  T *xyz, *scale, *quat, *opacity, *sh;   // (B,N,3) (B,N,3) (B,N,4) (B,N) (B,N,K,3)
-  int sh_size;                            // 3 K
-
-  Gaussian<T> load(int64_t j) const {     // j = b N + n
-    Gaussian<T> g = {};
-    for (int k = 0; k < 3; k++) g.xyz[k] = xyz[3 * j + k], g.scale[k] = scale[3 * j + k];
-    for (int k = 0; k < 4; k++) g.quat[k] = quat[4 * j + k];
-    for (int k = 0; k < sh_size; k++) g.sh[k] = sh[sh_size * j + k];
-    g.opacity = opacity[j];
-    return g;
-  }
-  void store(int64_t j, const Gaussian<T>& g) const {
-    for (int k = 0; k < 3; k++) xyz[3 * j + k] = g.xyz[k], scale[3 * j + k] = g.scale[k];
-    for (int k = 0; k < 4; k++) quat[4 * j + k] = g.quat[k];
-    for (int k = 0; k < sh_size; k++) sh[sh_size * j + k] = g.sh[k];
-    opacity[j] = g.opacity;
-  }
-};
-
-// I images or their gradients, as five planes each: red, green, blue, alpha, depth.
-template <class T> struct Images {
-  T *rgb, *alpha, *depth;                 // (I,3,H,W) (I,1,H,W) (I,1,H,W)
-  int64_t HW;
-  T* plane(int64_t i, int j) const {
-    return j < 3 ? rgb + (3 * i + j) * HW : (j == 3 ? alpha : depth) + i * HW;
-  }
-};
+// ---- vectors ------------------------------------------------------------------------------------
 
 template <class T> Vec<T> load(const T* p) {
   Vec<T> x;
@@ -316,7 +291,44 @@ template <class T> Images<T> images_of(const Tensors& x) {   // rgb, alpha, dept
   return {ptr<T>(x[0]), ptr<T>(x[1]), ptr<T>(x[2]), x[0].size(3) * x[0].size(4)};
 }
 
-// -> rgb, alpha, depth (B,V,3|1|1,H,W) and, for backward, splats (B,V,N,12), order (B,V,N)
+#ifdef WITH_CUDA
+uint32_t* words(const Tensor& x) { return reinterpret_cast<uint32_t*>(ptr<int>(x)); }
+Dims dims_of(const Sizes& n) { return {int(n.B), int(n.V), n.N, n.H, n.W}; }
+
+// All memory comes from PyTorch's allocator and its size is known beforehand: nothing waits for
+// the device.
+Tensors forward_on_cuda(const Tensors& g, const Tensor& background, const Tensor& w2c,
+                        const Tensor& K, const Sizes& n, double z_near, Tensors out) {
+  TORCH_CHECK(n.I * n.N < int64_t(1) << 30, "too many Gaussians x views for one call");
+  for (const Tensor& x : {g[1], g[2], g[3], g[4], background, w2c, K})
+    TORCH_CHECK(x.device() == g[0].device(), "Gaussians, camera and background must be on one GPU");
+  const c10::cuda::CUDAGuard guard(g[0].device());
+  const auto real = g[0].options();
+  out.push_back(at::empty({mask_words(dims_of(n))}, real.dtype(at::kInt)));
+  const Tensor scratch = at::empty({scratch_bytes(dims_of(n))}, real.dtype(at::kByte));
+  C10_CUDA_CHECK(forward_cuda(
+      dims_of(n), scene_of<float>(g), ptr<float>(background), ptr<float>(w2c), ptr<float>(K),
+      float(z_near), images_of<float>(out), ptr<float>(out[3]), words(out[4]),
+      words(out[5]), scratch.data_ptr(),
+      c10::cuda::getCurrentCUDAStream()));
+  return out;
+}
+
+void backward_on_cuda(const Tensors& g, const Tensor& background, const Tensor& w2c,
+                      const Tensor& K, const Sizes& n, const Tensors& out, const Tensors& d_out,
+                      const Tensors& d_g) {
+  const c10::cuda::CUDAGuard guard(g[0].device());
+  const Tensor moments = at::empty({n.I, n.N, 10}, g[0].options());
+  C10_CUDA_CHECK(backward_cuda(
+      dims_of(n), scene_of<float>(g), ptr<float>(background), ptr<float>(w2c), ptr<float>(K),
+      images_of<float>(out), ptr<float>(out[3]), words(out[4]),
+      words(out[5]), images_of<float>(d_out), ptr<float>(moments),
+      scene_of<float>(d_g), c10::cuda::getCurrentCUDAStream()));
+}
+#endif
+
+// -> rgb, alpha, depth (B,V,3|1|1,H,W) and, for backward, splats (B,V,N,12), order (B,V,N) and on
+// CUDA the masks
 Tensors forward(const Tensors& g, const Tensor& background, const Tensor& w2c, const Tensor& K,
                 int64_t H, int64_t W, double z_near) {
   const Sizes n(g[0], w2c, H, W);
@@ -324,6 +336,9 @@ Tensors forward(const Tensors& g, const Tensor& background, const Tensor& w2c, c
   const Tensors out = {at::empty({n.B, n.V, 3, H, W}, real), at::empty({n.B, n.V, 1, H, W}, real),
                        at::empty({n.B, n.V, 1, H, W}, real), at::empty({n.B, n.V, n.N, 12}, real),
                        at::empty({n.B, n.V, n.N}, whole)};
+#ifdef WITH_CUDA
+  if (g[0].is_cuda()) return forward_on_cuda(g, background, w2c, K, n, z_near, out);
+#endif
   AT_DISPATCH_FLOATING_TYPES(g[0].scalar_type(), "rasterize", [&] {
     using T = scalar_t;
     forward_cpu<T>(scene_of<T>(g), ptr<T>(background), ptr<T>(w2c), ptr<T>(K), T(z_near), n,
@@ -340,6 +355,12 @@ Tensors backward(const Tensors& g, const Tensor& background, const Tensor& w2c, 
   const Sizes n(g[0], w2c, out[0].size(3), out[0].size(4));
   Tensors d_g;
   for (const Tensor& x : g) d_g.push_back(at::empty_like(x));
+#ifdef WITH_CUDA
+  if (g[0].is_cuda()) {
+    backward_on_cuda(g, background, w2c, K, n, out, d_out, d_g);
+    return d_g;
+  }
+#endif
   AT_DISPATCH_FLOATING_TYPES(g[0].scalar_type(), "rasterize", [&] {
     using T = scalar_t;
     backward_cpu<T>(scene_of<T>(g), ptr<T>(background), ptr<T>(w2c), ptr<T>(K), n,

@@ -1,7 +1,8 @@
 // The mathematics of one Gaussian in one view and of one pixel, shared by rasterize.cpp (CPU) and
 // rasterize.cu (CUDA). Templates on the scalar T: float renders and trains, double is the same code
 // under gradcheck. Every function f is followed by its derivative f_vjp: inputs of f, gradient of
-// its outputs, gradient of its inputs. d_x stands for dL/dx. No memory, no threads, no libraries.
+// its outputs, gradient of its inputs. d_x stands for dL/dx. No threads and no libraries; memory
+// only in the last section, which says how the tensors look to both.
 //
 // The definition of all this is render_reference in rasterize.py; the conventions are listed there.
 #pragma once
@@ -9,6 +10,9 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#if defined(__CUDACC__) || defined(WITH_CUDA)
+#include <cuda_runtime_api.h>
+#endif
 
 #ifdef __CUDACC__
 #define HD __host__ __device__ __forceinline__
@@ -113,6 +117,19 @@ HD Doubles exp_(Doubles x) {
 constexpr int LANES = 1;
 template <class T> using Vec = T;
 #endif
+
+// a / b; on the device by the reciprocal, which is one instruction there
+template <class T> HD T over(T a, T b) { return a / b; }
+HD float over(float a, float b) {
+#ifdef __CUDA_ARCH__
+  return a * (1 / b);
+#else
+  return a / b;
+#endif
+}
+
+template <class T> HD T minus_abs(T x) { return x < -x ? x : -x; }
+HD float minus_abs(float x) { return -std::fabs(x); }
 
 template <class T> HD T dot(const T* a, const T* b) {
   return a[0] * b[0] + a[1] * b[1] + a[2] * b[2];
@@ -287,7 +304,7 @@ template <class T, class V> HD V alpha_of(const Splat<T>& s, V dx, T dy) {
 template <class T, class V> HD V blend(V a, V& trans) {
   const V w = trans * a, next = trans - w;
   const auto stop = next < T(T_STOP);
-  trans = stop ? (trans < -trans ? trans : -trans) : next;
+  trans = stop ? minus_abs(trans) : next;
   return stop ? T(0) : w;
 }
 
@@ -297,6 +314,64 @@ template <class T, class V> HD V blend(V a, V& trans) {
 template <class T, class V> HD V blend_vjp(V a, V f, V& trans, V& behind, V& w) {
   w = blend<T>(a, trans);
   behind -= w * f;
-  const V v = w * f - behind * a / (T(1) - a);
+  const V v = w * f - over(behind * a, T(1) - a);
   return (w > 0) & (a < T(ALPHA_MAX)) ? v : T(0);
 }
+
+// ---- memory -------------------------------------------------------------------------------------
+
+// The end of a loop up to `count` that is to be unrolled: the GPU keeps no array in registers that
+// a run-time number indexes.
+#ifdef __CUDA_ARCH__
+#define UNROLL(most, count) (most)
+#else
+#define UNROLL(most, count) (count)
+#endif
+
+// The five parameters of B N Gaussians, or their gradients.
+template <class T> struct Scene {
+  T *xyz, *scale, *quat, *opacity, *sh;   // (B,N,3) (B,N,3) (B,N,4) (B,N) (B,N,K,3)
+  int sh_size;                            // 3 K
+
+  HD Gaussian<T> load(int64_t j) const {  // j = b N + n
+    Gaussian<T> g = {};
+    for (int k = 0; k < 3; k++) g.xyz[k] = xyz[3 * j + k], g.scale[k] = scale[3 * j + k];
+    for (int k = 0; k < 4; k++) g.quat[k] = quat[4 * j + k];
+    for (int k = 0; k < UNROLL(12, sh_size); k++)
+      if (k < sh_size) g.sh[k] = sh[sh_size * j + k];
+    g.opacity = opacity[j];
+    return g;
+  }
+  HD void store(int64_t j, const Gaussian<T>& g) const {
+    for (int k = 0; k < 3; k++) xyz[3 * j + k] = g.xyz[k], scale[3 * j + k] = g.scale[k];
+    for (int k = 0; k < 4; k++) quat[4 * j + k] = g.quat[k];
+    for (int k = 0; k < UNROLL(12, sh_size); k++)
+      if (k < sh_size) sh[sh_size * j + k] = g.sh[k];
+    opacity[j] = g.opacity;
+  }
+};
+
+// I images or their gradients, as five planes each: red, green, blue, alpha, depth.
+template <class T> struct Images {
+  T *rgb, *alpha, *depth;                 // (I,3,H,W) (I,1,H,W) (I,1,H,W)
+  int64_t HW;
+  HD T* plane(int64_t i, int j) const {
+    return j < 3 ? rgb + (3 * i + j) * HW : (j == 3 ? alpha : depth) + i * HW;
+  }
+};
+
+#if defined(__CUDACC__) || defined(WITH_CUDA)   // rasterize.cu; its comments say what is what
+struct Dims {
+  int B, V, N, H, W;
+  int bits = 0;                           // that number 0..N-1: for rasterize.cu itself
+};
+int64_t mask_words(Dims n);
+int64_t scratch_bytes(Dims n);
+cudaError_t forward_cuda(Dims n, Scene<float> g, const float* bg, const float* w2c, const float* K,
+                         float z_near, Images<float> out, float* splats, uint32_t* order,
+                         uint32_t* masks, void* scratch, cudaStream_t stream);
+cudaError_t backward_cuda(Dims n, Scene<float> g, const float* bg, const float* w2c,
+                          const float* K, Images<float> out, const float* splats,
+                          const uint32_t* order, const uint32_t* masks, Images<float> d_out,
+                          float* moments, Scene<float> d_g, cudaStream_t stream);
+#endif
