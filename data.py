@@ -177,7 +177,8 @@ def trace(car, c2w, K, size, ss=3):
         bits &= ~1023
         bits |= number[a:m]
         enter = enter.min(0)                                                 # (h, w)
-        leave = (along_u[m:b, :, u0:u1] + along_v[m:b, v0:v1]).max(0)        # (h, w)
+        leave = along_u[m:b, :, u0:u1] + along_v[m:b, v0:v1]                 # (b - m, h, w)
+        leave = leave.max(0, initial=0)                      # (h, w) 0: an inlay without a back
         seen = nearest[v0:v1, u0:u1]
         np.maximum(seen, enter * (enter > leave), out=seen)
 
