@@ -616,6 +616,8 @@ def prepare(dataset, root="data", size=128, n_train=200, n_test=24, seed=0, quie
     if dataset not in DATASETS:
         fail(f"unknown dataset {dataset!r}: known are {', '.join(DATASETS)}; for another, add a "
              "line to DATASETS in data.py and lay out its files as that file's first lines say")
+    if min(size, n_train, n_test) < 1:
+        fail(f"size {size}, {n_train} and {n_test} cars: each must be 1 or more")
     say = (lambda line: None) if quiet else (lambda line: print(line, flush=True))
     own, limits = Path(root) / dataset, {}
     folders, procedural = find(root, dataset)

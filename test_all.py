@@ -8,6 +8,7 @@ import importlib.util
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -1319,7 +1320,8 @@ def test_every_command_in_the_readme_parses():
     for line in lines:
         if "--help" in line:
             continue
-        train.parse(line.split("python train.py")[1].split("`")[0].split("&&")[0].split())
+        words = line.split("python train.py")[1].split("`")[0].split("&&")[0]
+        train.parse(shlex.split(words))
     known = sample.arguments().format_help()
     calls = [line.split("python sample.py")[1].split("`")[0] for line in text.splitlines()
              if "python sample.py" in line]
