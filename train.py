@@ -430,7 +430,7 @@ def train(cfg, splits, out, identity, background):
                     network.warm_start(teacher.unet)
             else:
                 network.load_state_dict(load_network(out / "stage_1.pt", Denoiser)[0].state_dict())
-        network.to(device, memory_format=torch.channels_last)                 # a third faster
+        network.to(device, memory_format=torch.channels_last)                 # convolutions like it
         average = deepcopy(network).requires_grad_(False)
         optimiser = torch.optim.Adam(network.parameters(), lr=peak, betas=(0.9, 0.99), eps=1e-8)
         if state["step"]:
