@@ -512,17 +512,21 @@ def read_picture(path, background):
     return (rgb + .5).astype(np.uint8)
 
 
+def resize(pixels, size):
+    """(side, side, 3) uint8 -> (size, size, 3). Where whole pixels become one it is their mean, as
+    a camera of that size would see them."""
+    side, how = len(pixels), Image.Resampling
+    filtering = how.BOX if side % size == 0 else how.LANCZOS
+    return np.array(Image.fromarray(pixels).resize((size, size), filtering))
+
+
 def read_image(path, size, background):
     """-> (3, size, size) uint8 on the background, and the side it had in the file."""
     pixels = read_picture(path, background)                                  # (h, w, 3)
     side = len(pixels)
     if pixels.shape[1] != side:
         fail(f"{path}: {pixels.shape[1]} x {side} is not square; crop it and adapt intrinsics.txt")
-    image = Image.fromarray(pixels)
-    if side != size:   # whole pixels to one: their mean, as a camera of that size would see them
-        image = image.resize((size, size), Image.Resampling.BOX if side % size == 0
-                             else Image.Resampling.LANCZOS)
-    return np.asarray(image).transpose(2, 0, 1), side
+    return resize(pixels, size).transpose(2, 0, 1), side
 
 
 def read_object(job):

@@ -36,11 +36,7 @@ def square(pixels, size, background):
     canvas = np.full((side, side, 3), [round(255 * c) for c in background], np.uint8)
     top, left = (side - h) // 2, (side - w) // 2
     canvas[top: top + h, left: left + w] = pixels
-    image = Image.fromarray(canvas)
-    if side != size:   # the mean of whole pixels where it can be, as data.py makes training images
-        image = image.resize((size, size), Image.Resampling.BOX if side % size == 0
-                             else Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
+    return torch.from_numpy(data.resize(canvas, size)).permute(2, 0, 1)[None] / 255
 
 
 # ---- cameras -------------------------------------------------------------------------------------
