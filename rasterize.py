@@ -307,6 +307,7 @@ class Rasterize(torch.autograd.Function):
         background, w2c, K, *g = [x.contiguous() for x in (background, w2c, K, *g)]
         out = module.forward(g, background, w2c, K, *hw, near)
         ctx.module = module
+        ctx.set_materialize_grads(False)   # no zeros for what the loss does not use
         ctx.save_for_backward(background, w2c, K, *g, *out)
         return tuple(out[:3])                                                 # rgb, alpha, depth
 
@@ -315,10 +316,10 @@ class Rasterize(torch.autograd.Function):
     def backward(ctx, *d_out):
         background, w2c, K, *rest = ctx.saved_tensors
         g, out = rest[:5], rest[5:]
-        d_out = [x.contiguous() for x in d_out]
         d_background = None
-        if ctx.needs_input_grad[5]:   # what the splats let through
+        if ctx.needs_input_grad[5] and d_out[0] is not None:   # what the splats let through
             d_background = ((1 - out[1]) * d_out[0]).sum((1, 3, 4))           # (B, 3)
+        d_out = [out[0].new_empty(0) if x is None else x.contiguous() for x in d_out]
         d_g = ctx.module.backward(g, background, w2c, K, out, d_out)
         return None, None, None, None, None, d_background, *d_g
 
@@ -337,9 +338,10 @@ def choose(backend, device):
     module, why = extension(device)
     if module is None and backend != "auto":
         raise RuntimeError(f"the {backend} backend cannot be built: {why}")
-    if module is None:
-        print("rasterize: drawing with the PyTorch reference, which is slow, because "
-              + why.splitlines()[0], flush=True)
+    if backend == "auto":
+        how = (f"the {device} kernel, since the Gaussians are on {device}" if module else
+               f"the PyTorch reference, which is slow, because {why.splitlines()[0]}")
+        print(f"rasterize: drawing with {how}", flush=True)
     return module
 
 
@@ -353,6 +355,8 @@ def render(g, cam, background, near=NEAR, backend="auto"):
     Returns rgb (B, V, 3, H, W), not clamped; alpha (B, V, 1, H, W) in [0, 1); and depth
     (B, V, 1, H, W) = sum of weight x z, not divided by alpha. Differentiable in every field of
     `g` and in the background. A Gaussian with NaN, Inf or a zero quaternion is not drawn.
+    ValueError: shapes or devices that do not fit together. RuntimeError: a kernel that was asked
+    for by name and cannot be compiled, with what the compiler said.
     In a CUDA graph nothing waits for the device, if the background is a tensor on it. Under
     torch.compile this call is a graph break: there is nothing in it to compile.
     """
@@ -364,16 +368,27 @@ def render(g, cam, background, near=NEAR, backend="auto"):
 def draw(g, cam, background, near, backend):
     """`render` itself."""
     device = g.xyz.device
+    (B, N), V, k = g.xyz.shape[:2], cam.w2c.shape[1], g.sh.shape[2]
+    inputs = (*g, cam.w2c, cam.K)
+    want = [(B, N, 3), (B, N, 3), (B, N, 4), (B, N), (B, N, k, 3), (B, V, 4, 4), (B, V, 4)]
+    fit = [x.shape for x in inputs] == want and {x.device for x in inputs} == {device}
+    if not fit or k not in (1, 4):
+        raise ValueError("Gaussians and cameras do not fit together: " + ", ".join(
+            f"{name} {list(x.shape)} on {x.device}"
+            for name, x in zip(Gaussians._fields + Camera._fields, inputs)))
     dtype = torch.float64 if g.xyz.dtype == torch.float64 else torch.float32   # never half
-    g, cam = g.to(dtype), cam.to(dtype)
-    background = torch.as_tensor(background, dtype=dtype, device=device).expand(len(g.xyz), 3)
-    if backend == "auto" and device.type == "cuda" and dtype == torch.float64:
-        backend = "torch"   # the CUDA kernels are float32 only
+    if any(x.dtype != dtype for x in inputs):
+        g, cam = g.to(dtype), cam.to(dtype)
+    background = torch.as_tensor(background, dtype=dtype, device=device).expand(B, 3)
+    if device.type == "cuda" and dtype == torch.float64:
+        if backend == "cuda":
+            raise ValueError("the CUDA kernels are float32 only; the torch backend has float64")
+        backend = "torch"
     module = choose(backend, device.type)
-    with torch.autocast(device.type, enabled=False):
-        if module is None:
-            return render_reference(g, cam, background, near)
+    if module:
         return Rasterize.apply(module, cam.hw, near, cam.w2c, cam.K, background, *g)
+    with torch.autocast(device.type, enabled=False):
+        return render_reference(g, cam, background, near)
 
 
 # ---- python rasterize.py: a benchmark ------------------------------------------------------------
@@ -447,41 +462,54 @@ def gsplat(g, cam, background, tile):
     return rgb.movedim(-1, 2), alpha.movedim(-1, 2)
 
 
+def floor(g, cam, device):
+    """Milliseconds to move, at the speed of a large copy here, what no rasterizer can avoid moving:
+    forward reads the Gaussians and writes rgb, alpha, depth; backward reads both and the gradients
+    of rgb and alpha, and writes those of the Gaussians."""
+    x = torch.empty(1 << (30 if device == "cuda" else 27), dtype=torch.uint8, device=device)
+    y = torch.empty_like(x)
+    per_ms = 2 * x.nbytes / milliseconds(lambda: y.copy_(x), device, budget=300)[0]
+    B, V = cam.w2c.shape[:2]
+    scene, plane = sum(x.nbytes for x in g), 4 * B * V * cam.hw[0] * cam.hw[1]
+    return (3 * scene + (5 + 5 + 4) * plane) / per_ms
+
+
 def benchmark(device, cases):
     """One table. A further row is a further function with the arguments of `render`."""
     painters = {"reference": functools.partial(render, backend="torch"),
                 "kernel": functools.partial(render, backend=device),
+                "1 thread": functools.partial(render, backend=device),
                 "gsplat 8": functools.partial(gsplat, tile=8),
                 "gsplat 16": functools.partial(gsplat, tile=16)}
-    cuda = device == "cuda"
-    where = torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads"
+    cuda, threads = device == "cuda", torch.get_num_threads()
+    where = torch.cuda.get_device_name() if cuda else f"cpu, {threads} threads"
     print(f"{where}; milliseconds: median (least..most)\n{'B x V x N, pixels':37}"
           f"{'forward':>11}{'forward+backward':>33}{'':12}"
           + (f"{'both in a CUDA graph':>26}{'':31}{'MiB':>7}" if cuda else "")
-          + f"{'speed-up':>10}   differences: image, gradients")
+          + f"{'of floor':>11}{'speed-up':>10}   differences: image, gradients")
     for B, V, N, size, names in cases:
         g, cam = benchmark_scene(B, V, N, size, device)
         h, w = cam.hw
         if cuda:   # what gsplat can do too: one colour per Gaussian, and its alpha ends at 0.999
             g = g._replace(sh=g.sh[:, :, :1].contiguous(), opacity=g.opacity.clamp(max=0.98))
         background = torch.ones(B, 3, device=device)
-        d_out = [torch.rand(B, V, 3, h, w, device=device), torch.rand(B, V, 1, h, w, device=device),
-                 torch.zeros(B, V, 1, h, w, device=device)]
-        best = first = None
+        d_out = [torch.rand(B, V, 3, h, w, device=device), torch.rand(B, V, 1, h, w, device=device)]
+        least, best, first = floor(g, cam, device), None, None
         for name in names:
             paint, scene, d = painters[name], g, d_out
+            torch.set_num_threads(1 if name == "1 thread" else threads)
             if name == "kernel":
                 choose(device, device)   # compile before the clock runs
             if "gsplat" in name:
                 scene = g._replace(sh=(0.5 + C0 * g.sh[:, :, 0]).clamp(min=0))
-                d = [x.movedim(2, -1).contiguous().movedim(-1, 2) for x in d_out[:2]]
+                d = [x.movedim(2, -1).contiguous().movedim(-1, 2) for x in d_out]
             leaves = [x.detach().requires_grad_() for x in scene]
             scene = Gaussians(*leaves)
             def forward():
                 with torch.no_grad():
                     return paint(scene, cam, background)
             def both():
-                return torch.autograd.grad(paint(scene, cam, background), leaves, d)
+                return torch.autograd.grad(paint(scene, cam, background)[:2], leaves, d)
             times = [milliseconds(forward, device), milliseconds(both, device)]
             more = ""
             if cuda:
@@ -497,7 +525,8 @@ def benchmark(device, cases):
             row = "".join(f"{m:11.3f} {f'({a:.3f}..{b:.3f})' if b > a else '(once)':16}"
                           for m, a, b in times)
             mine = min(t[0] for t in times[1::2])   # forward+backward, as it is best run
-            faster = f"{best / mine:9.1f}x" if best else f"{'':10}"
+            faster = f"{100 * least / mine:9.2g} %"
+            faster += f"{best / mine:9.1f}x" if best else f"{'':10}"
             best = min(mine, best or mine)
             images, gradients = forward()[:2], list(both())
             if "gsplat" in name:
@@ -518,6 +547,6 @@ if __name__ == "__main__":
             (32, 4, 16384, 128), (32, 4, 4096, 64), (4, 3, 196608, (256, 384)),
             (1, 1, 16384, 128), (100, 1, 16384, 128)]])
     else:
-        benchmark("cpu", [(4, 4, 4096, 64, ["reference", "kernel"]),
-                          (16, 3, 1024, 32, ["reference", "kernel"]),
-                          (1, 1, 16384, 128, ["kernel"])])
+        benchmark("cpu", [(4, 4, 4096, 64, ["reference", "1 thread", "kernel"]),
+                          (16, 3, 1024, 32, ["reference", "1 thread", "kernel"]),
+                          (1, 1, 16384, 128, ["1 thread", "kernel"])])

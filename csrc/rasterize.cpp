@@ -142,7 +142,8 @@ void blend_band(const Splat<T>* splats /* (N) */, int N, const T* bg /* (3) */, 
       for (int y = r0; y <= r1; y++) {
         T* p = band.at(0, y, x);
         Vec<T> trans = load(p);
-        const Vec<T> w = blend<T>(alpha_of(s, dx, s.y - T(.5) - T(y)), trans);
+        Vec<T> a = alpha_of(s, dx, s.y - T(.5) - T(y));
+        const Vec<T> w = blend<T>(a, trans);
         store(p, trans);
         for (int j = 0; j < 4; j++) {
           p += plane;
@@ -172,7 +173,7 @@ void blend_band_vjp(const Splat<T>* splats /* (N) */, const int* order /* (N) */
       const int64_t at = int64_t(y) * band.W + x;
       T behind = 0;   // <out - background, d_out>, since rgb = background + sum w (c - background)
       for (int j = 0; j < 5; j++) {
-        const T d = *band.at(2 + j, y, x) = d_out.plane(i, j)[at];
+        const T d = *band.at(2 + j, y, x) = d_out.value(i, j, at);
         behind += (out.plane(i, j)[at] - (j < 3 ? bg[j] : 0)) * d;
       }
       *band.at(1, y, x) = behind;
@@ -287,8 +288,8 @@ template <class T> Scene<T> scene_of(const Tensors& g) {
   return {ptr<T>(g[0]), ptr<T>(g[1]), ptr<T>(g[2]), ptr<T>(g[3]), ptr<T>(g[4]),
           int(3 * g[4].size(2))};
 }
-template <class T> Images<T> images_of(const Tensors& x) {   // rgb, alpha, depth
-  return {ptr<T>(x[0]), ptr<T>(x[1]), ptr<T>(x[2]), x[0].size(3) * x[0].size(4)};
+template <class T> Images<T> images_of(const Tensors& x, const Sizes& n) {   // rgb, alpha, depth
+  return {ptr<T>(x[0]), ptr<T>(x[1]), ptr<T>(x[2]), int64_t(n.H) * n.W};
 }
 
 #ifdef WITH_CUDA
@@ -300,15 +301,13 @@ Dims dims_of(const Sizes& n) { return {int(n.B), int(n.V), n.N, n.H, n.W}; }
 Tensors forward_on_cuda(const Tensors& g, const Tensor& background, const Tensor& w2c,
                         const Tensor& K, const Sizes& n, double z_near, Tensors out) {
   TORCH_CHECK(n.I * n.N < int64_t(1) << 30, "too many Gaussians x views for one call");
-  for (const Tensor& x : {g[1], g[2], g[3], g[4], background, w2c, K})
-    TORCH_CHECK(x.device() == g[0].device(), "Gaussians, camera and background must be on one GPU");
   const c10::cuda::CUDAGuard guard(g[0].device());
   const auto real = g[0].options();
   out.push_back(at::empty({mask_words(dims_of(n))}, real.dtype(at::kInt)));
   const Tensor scratch = at::empty({scratch_bytes(dims_of(n))}, real.dtype(at::kByte));
   C10_CUDA_CHECK(forward_cuda(
       dims_of(n), scene_of<float>(g), ptr<float>(background), ptr<float>(w2c), ptr<float>(K),
-      float(z_near), images_of<float>(out), ptr<float>(out[3]), words(out[4]),
+      float(z_near), images_of<float>(out, n), ptr<float>(out[3]), words(out[4]),
       words(out[5]), scratch.data_ptr(),
       c10::cuda::getCurrentCUDAStream()));
   return out;
@@ -321,8 +320,8 @@ void backward_on_cuda(const Tensors& g, const Tensor& background, const Tensor& 
   const Tensor moments = at::empty({n.I, n.N, 10}, g[0].options());
   C10_CUDA_CHECK(backward_cuda(
       dims_of(n), scene_of<float>(g), ptr<float>(background), ptr<float>(w2c), ptr<float>(K),
-      images_of<float>(out), ptr<float>(out[3]), words(out[4]),
-      words(out[5]), images_of<float>(d_out), ptr<float>(moments),
+      images_of<float>(out, n), ptr<float>(out[3]), words(out[4]),
+      words(out[5]), images_of<float>(d_out, n), ptr<float>(moments),
       scene_of<float>(d_g), c10::cuda::getCurrentCUDAStream()));
 }
 #endif
@@ -342,14 +341,14 @@ Tensors forward(const Tensors& g, const Tensor& background, const Tensor& w2c, c
   AT_DISPATCH_FLOATING_TYPES(g[0].scalar_type(), "rasterize", [&] {
     using T = scalar_t;
     forward_cpu<T>(scene_of<T>(g), ptr<T>(background), ptr<T>(w2c), ptr<T>(K), T(z_near), n,
-                   images_of<T>(out), reinterpret_cast<Splat<T>*>(ptr<T>(out[3])),
+                   images_of<T>(out, n), reinterpret_cast<Splat<T>*>(ptr<T>(out[3])),
                    ptr<int>(out[4]));
   });
   return out;
 }
 
-// out: all that forward returned; d_out: gradients of rgb, alpha, depth -> gradients of g.
-// The background's is one line of Python.
+// out: all that forward returned; d_out: gradients of rgb, alpha, depth, empty where zero
+// -> gradients of g. The background's is one line of Python.
 Tensors backward(const Tensors& g, const Tensor& background, const Tensor& w2c, const Tensor& K,
                  const Tensors& out, const Tensors& d_out) {
   const Sizes n(g[0], w2c, out[0].size(3), out[0].size(4));
@@ -364,8 +363,8 @@ Tensors backward(const Tensors& g, const Tensor& background, const Tensor& w2c, 
   AT_DISPATCH_FLOATING_TYPES(g[0].scalar_type(), "rasterize", [&] {
     using T = scalar_t;
     backward_cpu<T>(scene_of<T>(g), ptr<T>(background), ptr<T>(w2c), ptr<T>(K), n,
-                    images_of<T>(out), reinterpret_cast<Splat<T>*>(ptr<T>(out[3])),
-                    ptr<int>(out[4]), images_of<T>(d_out), scene_of<T>(d_g));
+                    images_of<T>(out, n), reinterpret_cast<Splat<T>*>(ptr<T>(out[3])),
+                    ptr<int>(out[4]), images_of<T>(d_out, n), scene_of<T>(d_g));
   });
   return d_g;
 }

@@ -94,21 +94,31 @@ __global__ void project_kernel(Dims n, Scene<float> scene, const float* w2c /* (
   }
 }
 
-// Sorts one image per block, in shared memory. ITEMS: splats per thread.
+// Sorts one image per block, in shared memory. ITEMS: splats per thread. Digits that all depths of
+// the image share are left out: an object at some distance has 23 or 24 bits to sort by, not 31.
 template <int ITEMS> using Sorter = cub::BlockRadixSort<uint32_t, 1024, ITEMS, uint16_t>;
 
 template <int ITEMS> __global__ void __launch_bounds__(1024)
 sort_kernel(int N, const uint32_t* keys /* (I,N) */, uint32_t* order /* (I,N) */) {
   extern __shared__ __align__(16) char memory[];
-  uint32_t key[ITEMS];
+  __shared__ uint32_t least, most;
+  uint32_t key[ITEMS], lo = CULLED, hi = 0;
   uint16_t value[ITEMS];
   keys += int64_t(blockIdx.x) * N, order += int64_t(blockIdx.x) * N;
+  if (threadIdx.x == 0) least = CULLED, most = 0;
+  __syncthreads();
   for (int k = 0; k < ITEMS; k++) {
     value[k] = threadIdx.x * ITEMS + k;
     key[k] = value[k] < N ? keys[value[k]] : CULLED;   // what is beyond N stays last: ties by index
+    lo = min(lo, key[k]), hi = key[k] < CULLED ? max(hi, key[k]) : hi;
   }
+  for (int d = 16; d; d /= 2)
+    lo = min(lo, __shfl_xor_sync(ALL, lo, d)), hi = max(hi, __shfl_xor_sync(ALL, hi, d));
+  if (threadIdx.x % 32 == 0) atomicMin(&least, lo), atomicMax(&most, hi);
+  __syncthreads();
+  for (int k = 0; k < ITEMS; k++) key[k] = min(key[k], most + 1) - least;
   Sorter<ITEMS>(*reinterpret_cast<typename Sorter<ITEMS>::TempStorage*>(memory))
-      .SortBlockedToStriped(key, value, 0, 31);
+      .SortBlockedToStriped(key, value, 0, 32 - __clz(most + 1 - least));
   for (int k = 0; k < ITEMS; k++)
     if (k * 1024 + threadIdx.x < N) order[k * 1024 + threadIdx.x] = value[k];
 }
@@ -206,19 +216,19 @@ struct Place {
 inline int tile_blocks(Dims n) { return (columns(n) + 1) / 2 * ((rows(n) + 1) / 2); }   // per image
 
 // Bit 8 y + x: can alpha be 1/255 or more at pixel (x, y) of the tile at (x0, y0)? It is where
-// A dx^2 + 2 B dx dy + C dy^2 <= size: in a row, given dy, an interval about dx = -B/A dy, of half
-// width sqrt(size (1 - dy^2/ry^2) / A). The 1e-2 covers the rounding of alpha_of for needles.
+// -A dx^2 - B dx dy - C dy^2 <= size: in a row, given dy, an interval about dx = -B/2A dy, of half
+// width sqrt(size (1 - dy^2/ry^2) / -A). The .02 covers the rounding of alpha_of for needles.
 __device__ inline uint32_t footprint(const Sp& s, int x0, int y0) {
-  const float size = 2 * (__logf(s.o / float(ALPHA_MIN)) + 1e-2f), inverse = 1 / s.A;
-  const float wide = size * inverse, tall = wide / (s.ry * s.ry), slope = s.B * inverse;
+  const float inverse = -1 / s.A, wide = (s.o - float(LOG2_MIN) + .02f) * inverse;
+  const float tall = wide / (s.ry * s.ry), slope = -.5f * s.B * inverse;
   uint32_t pixels = 0;
 #pragma unroll
   for (int y = 0; y < TILE_H; y++) {
     const float dy = s.y - (y0 + y + .5f), middle = s.x - (x0 + .5f) + slope * dy;
     const float half = sqrtf(fmaxf(wide - tall * dy * dy, 0));
+    const int first = max(0, int(ceilf(middle - half)));
     const int last = min(TILE_W - 1, int(floorf(middle + half)));
-    const uint32_t row = ones(int(ceilf(middle - half)), last);
-    pixels |= fabsf(dy) <= s.ry ? row << (TILE_W * y) : 0;
+    pixels |= first <= last ? ((2u << last) - (1u << first)) << (TILE_W * y) : 0;
   }
   return pixels;
 }
@@ -300,8 +310,10 @@ __device__ void walk(Dims n, const Place& p, const float4* splats /* (I,N,3) */,
     }
   }
   if (held == 0) return;
-  if (lane >= held && lane < BATCH)              // the last batch is filled with nothing
-    for (int k = 0; k < 3; k++) hand.splat[head + lane][k] = {};
+  if (lane >= held && lane < BATCH) {            // the last batch is filled with alpha = 2^-inf
+    float4* p = hand.splat[head + lane];
+    p[0] = p[2] = {}, p[1] = {0, 0, 0, -INFINITY};
+  }
   __syncwarp();
   visit(head, held);
 }
@@ -321,7 +333,8 @@ blend_kernel(Dims n, const float4* splats /* (I,N,3) */, const uint32_t* order /
 #pragma unroll                                   // four at once: their alphas do not wait
       for (int l = k; l < k + 4; l++) {
         const Sp s = load(hand.splat[first + l]);
-        const float w = blend<float>(alpha_of(s, s.x - p.px, s.y - p.py), trans);
+        float a = alpha_of(s, s.x - p.px, s.y - p.py);
+        const float w = blend<float>(a, trans);
         c[0] += w * s.r, c[1] += w * s.g, c[2] += w * s.b, c[3] += w * s.z;
       }
     return __ballot_sync(ALL, trans > 0);
@@ -356,7 +369,7 @@ blend_vjp_kernel(Dims n, const float4* splats /* (I,N,3) */, const uint32_t* ord
   float trans = p.inside ? 1 : -1, d[5] = {}, behind = 0;
   if (p.inside)   // behind = <out - background, d_out>, since rgb = background + sum w (c - back)
     for (int k = 0; k < 5; k++) {
-      d[k] = d_out.plane(p.i, k)[p.at];
+      d[k] = d_out.value(p.i, k, p.at);
       behind += (out.plane(p.i, k)[p.at] - (k < 3 ? back[k] : 0)) * d[k];
     }
   t.d_out[lane] = {d[0], d[1], d[2], d[4]};
@@ -368,7 +381,7 @@ blend_vjp_kernel(Dims n, const float4* splats /* (I,N,3) */, const uint32_t* ord
       for (int l = 0; l < 4; l++) {
         const Sp s = load(t.hand.splat[first + k + l]);
         a[l] = alpha_of(s, s.x - p.px, s.y - p.py);
-        f[l] = s.r * d[0] + s.g * d[1] + s.b * d[2] + s.z * d[4] + back_d;
+        f[l] = back_d + s.r * d[0] + s.g * d[1] + s.b * d[2] + s.z * d[4];
       }
 #pragma unroll
       for (int l = 0; l < 4; l++) {

@@ -25,6 +25,7 @@
 // The constants of rasterize.py.
 constexpr double C0 = 0.28209479177387814, C1 = 0.4886025119029199, LOW_PASS = 0.3,
                  ALPHA_MAX = 0.99, ALPHA_MIN = 1. / 255, T_STOP = 1e-4;
+constexpr double LOG2_E = 1.4426950408889634, LOG2_MIN = -7.994353436858858;   // of ALPHA_MIN
 
 // ---- types --------------------------------------------------------------------------------------
 
@@ -42,8 +43,8 @@ template <class T> struct View {
 
 template <class T> struct Splat {      // a Gaussian in an image
   T x, y;                              // centre, pixels
-  T A, B, C;                           // inverse covariance [A B; B C], 1/pixel^2
-  T o, r, g, b, z;                     // opacity, colour towards the camera, depth
+  T A, B, C, o;                        // log2 alpha = o + A dx^2 + B dx dy + C dy^2
+  T r, g, b, z;                        // colour towards the camera, depth
   T rx, ry;                            // half size of the box outside which alpha < 1/255, pixels
 };
 
@@ -71,13 +72,12 @@ template <class T> HD View<T> make_view(const T* w2c, const T* K, int H, int W) 
 
 // ---- numbers ------------------------------------------------------------------------------------
 
-// e^x for x <= 0 as 2^n 2^f: n the integer nearest to x / ln 2, 2^f a polynomial on [-1/2, 1/2]
+// 2^x for x <= 1 as 2^n 2^f: n the integer nearest to x, 2^f a polynomial on [-1/2, 1/2]
 // (relative error 1e-7). F and I: float and uint32_t, or vectors of them.
-template <class F, class I> HD F exp_by_bits(F x) {
-  x = x < -80.f ? -80.f : x;                     // e^-80 is far below any alpha, and no denormal
-  const F t = x * 1.44269504f;
-  const F big = t + 12582912.f;                  // 1.5 2^23: the last bits of the sum are n
-  const F f = t - (big - 12582912.f);
+template <class F, class I> HD F exp2_by_bits(F x) {
+  x = x < -115.f ? -115.f : x;                   // far below any alpha, and no denormal
+  const F big = x + 12582912.f;                  // 1.5 2^23: the last bits of the sum are n
+  const F f = x - (big - 12582912.f);
   F p = 0.00132764721f * f + 0.00967554143f;     // our own least-maximum fit
   p = p * f + 0.0555071327f;
   p = p * f + 0.240221197f;
@@ -91,14 +91,14 @@ template <class F, class I> HD F exp_by_bits(F x) {
   return p;
 }
 
-HD float exp_(float x) {
+HD float exp2_(float x) {
 #ifdef __CUDA_ARCH__
-  return __expf(x);
+  return exp2f(x);                               // one instruction, with denormals off
 #else
-  return exp_by_bits<float, uint32_t>(x);
+  return exp2_by_bits<float, uint32_t>(x);
 #endif
 }
-HD double exp_(double x) { return std::exp(x); }
+HD double exp2_(double x) { return std::exp2(x); }
 
 // Vec<T>: 8 pixels at once. Only the CPU blends in vectors; without the GNU extension they are
 // scalars and the same loops still work.
@@ -108,9 +108,9 @@ typedef float Floats __attribute__((vector_size(32)));
 typedef double Doubles __attribute__((vector_size(64)));
 typedef uint32_t Bits __attribute__((vector_size(32)));
 template <class T> using Vec = std::conditional_t<sizeof(T) == 4, Floats, Doubles>;
-HD Floats exp_(Floats x) { return exp_by_bits<Floats, Bits>(x); }
-HD Doubles exp_(Doubles x) {
-  for (int i = 0; i < LANES; i++) x[i] = std::exp(x[i]);
+HD Floats exp2_(Floats x) { return exp2_by_bits<Floats, Bits>(x); }
+HD Doubles exp2_(Doubles x) {
+  for (int i = 0; i < LANES; i++) x[i] = std::exp2(x[i]);
   return x;
 }
 #else
@@ -129,7 +129,7 @@ HD float over(float a, float b) {
 }
 
 template <class T> HD T minus_abs(T x) { return x < -x ? x : -x; }
-HD float minus_abs(float x) { return -std::fabs(x); }
+HD float minus_abs(float x) { return std::fmin(x, -x); }
 
 template <class T> HD T dot(const T* a, const T* b) {
   return a[0] * b[0] + a[1] * b[1] + a[2] * b[2];
@@ -239,18 +239,19 @@ HD void conic_vjp(const T* M, T A, T B, T C, T d_A, T d_B, T d_C, T* d_M) {
 // False: not drawn. Every test is one that NaN fails, so whatever is drawn is finite.
 template <class T> HD bool project(const Gaussian<T>& g, const View<T>& c, T z_near, Splat<T>& s) {
   const Projection<T> p = projection(g, c);
-  T rgb[3], xx, yy, det;
-  conic(p.M, s.A, s.B, s.C, xx, yy, det);
+  T rgb[3], A, B, C, xx, yy, det;
+  conic(p.M, A, B, C, xx, yy, det);
   colour(g, c, rgb);
-  s.x = c.fx * p.u + c.cx, s.y = c.fy * p.v + c.cy, s.z = p.z, s.o = g.opacity;
+  s.x = c.fx * p.u + c.cx, s.y = c.fy * p.v + c.cy, s.z = p.z, s.o = std::log2(g.opacity);
+  s.A = T(-.5 * LOG2_E) * A, s.B = T(-LOG2_E) * B, s.C = T(-.5 * LOG2_E) * C;
   s.r = rgb[0] > 0 ? rgb[0] : 0, s.g = rgb[1] > 0 ? rgb[1] : 0, s.b = rgb[2] > 0 ? rgb[2] : 0;
   const T* q = g.quat;
   const T sum = s.x + s.y + s.z + xx + yy + det + s.o + rgb[0] + rgb[1] + rgb[2];
-  if (!(s.z > z_near && s.o >= T(ALPHA_MIN) && sum - sum == 0
+  if (!(s.z > z_near && g.opacity >= T(ALPHA_MIN) && sum - sum == 0
         && q[0] * q[0] + q[1] * q[1] + q[2] * q[2] + q[3] * q[3] >= T(1e-8))) return false;
   // alpha >= 1/255  <=>  d^T Q d <= 2 ln(255 o): an ellipse. The 1e-3 covers rounding, so that a
   // pixel outside the box is one that alpha_of skips, and the image does not depend on boxes.
-  const T size = 2 * (std::log(s.o / T(ALPHA_MIN)) + T(1e-3));
+  const T size = T(2 / LOG2_E) * (s.o - T(LOG2_MIN)) + T(2e-3);
   s.rx = std::sqrt(size * xx), s.ry = std::sqrt(size * yy);
   return true;
 }
@@ -289,22 +290,23 @@ HD void project_vjp(const Gaussian<T>& g, const View<T>& c, const Moments<T>& m,
 
 // ---- splat -> pixel -----------------------------------------------------------------------------
 
-// a = min(0.99, o e^p), p = -(A dx^2 + C dy^2)/2 - B dx dy; 0 where below 1/255 or p > 0.
-// The one test of visibility, in both directions. V = T, or Vec<T>: pixels of one row.
+// a = min(0.99, o e^p), p = -(A dx^2 + C dy^2)/2 - B dx dy, as 2^(log2 o + p log2 e), for which the
+// splat holds the factors; 0 where below 1/255 or, by rounding, p > 0. The one test of visibility,
+// in both directions. V = T, or Vec<T>: pixels of one row.
 template <class T, class V> HD V alpha_of(const Splat<T>& s, V dx, T dy) {
-  const V p = dx * dx * (T(-.5) * s.A) + dy * (dx * -s.B + dy * (T(-.5) * s.C));
-  V a = s.o * exp_(p);
-  a = a > T(ALPHA_MAX) ? T(ALPHA_MAX) : a;
-  return (p <= 0) & (a >= T(ALPHA_MIN)) ? a : T(0);
+  const V e = dx * (s.A * dx + s.B * dy) + (s.C * dy * dy + s.o);
+  const V a = exp2_(e);
+  return (e <= s.o) & (e >= T(LOG2_MIN)) ? a > T(ALPHA_MAX) ? T(ALPHA_MAX) : a : T(0);
 }
 
 // w = trans a, the splat's share of the pixel; trans <- trans (1 - a), the light that goes on.
-// A splat that would leave less than 1e-4 is not drawn and finishes the pixel: trans < 0 from then
-// on, and |trans| is what remains.
-template <class T, class V> HD V blend(V a, V& trans) {
+// A splat that would leave less than 1e-4 is not drawn, a <- 0, and finishes the pixel: trans < 0
+// from then on, and |trans| is what remains.
+template <class T, class V> HD V blend(V& a, V& trans) {
   const V w = trans * a, next = trans - w;
   const auto stop = next < T(T_STOP);
   trans = stop ? minus_abs(trans) : next;
+  a = stop ? T(0) : a;
   return stop ? T(0) : w;
 }
 
@@ -315,7 +317,7 @@ template <class T, class V> HD V blend_vjp(V a, V f, V& trans, V& behind, V& w) 
   w = blend<T>(a, trans);
   behind -= w * f;
   const V v = w * f - over(behind * a, T(1) - a);
-  return (w > 0) & (a < T(ALPHA_MAX)) ? v : T(0);
+  return a < T(ALPHA_MAX) ? v : T(0);
 }
 
 // ---- memory -------------------------------------------------------------------------------------
@@ -351,12 +353,16 @@ template <class T> struct Scene {
   }
 };
 
-// I images or their gradients, as five planes each: red, green, blue, alpha, depth.
+// I images or their gradients, as five planes each: red, green, blue, alpha, depth. Of gradients
+// that nobody asked for there are none, and they count as zeros.
 template <class T> struct Images {
   T *rgb, *alpha, *depth;                 // (I,3,H,W) (I,1,H,W) (I,1,H,W)
   int64_t HW;
   HD T* plane(int64_t i, int j) const {
     return j < 3 ? rgb + (3 * i + j) * HW : (j == 3 ? alpha : depth) + i * HW;
+  }
+  HD T value(int64_t i, int j, int64_t at) const {
+    return (j < 3 ? rgb : j == 3 ? alpha : depth) ? plane(i, j)[at] : T(0);
   }
 };
 
