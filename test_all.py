@@ -16,6 +16,7 @@ import sys
 import time
 from copy import deepcopy
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -348,24 +349,71 @@ rasterize.render(g, cam, (1., 1., 1.), backend="cpu")
     assert "the cpu backend cannot be built: there is no C++ compiler" in said
 
 
-@needs_kernel
-def test_builds_survive_a_stale_lock_and_each_other(tmp_path):
-    """Against two processes that build at once, in a folder where a killed build left its lock."""
+def smallest_csrc(tmp_path):
+    """-> code that makes rasterize compile the smallest module there is, and its environment."""
     (tmp_path / "splat.h").touch()
-    (tmp_path / "rasterize.cpp").write_text(   # the smallest module there is
+    (tmp_path / "rasterize.cu").touch()
+    (tmp_path / "rasterize.cpp").write_text(
         "#include <Python.h>\n#define NAME_(x) PyInit_##x\n#define NAME(x) NAME_(x)\n"
         "static PyModuleDef def = {PyModuleDef_HEAD_INIT, \"m\", 0, -1};\n"
         "PyMODINIT_FUNC NAME(TORCH_EXTENSION_NAME)() { return PyModule_Create(&def); }\n")
-    start = f"rasterize.CSRC = rasterize.Path({str(tmp_path)!r})\n"
-    env = {"TORCH_EXTENSIONS_DIR": str(tmp_path / "built")}
-    run_python(start + "rasterize.extension('cpu')", CXX="/nonexistent", **env).wait(100)
-    folder, = (tmp_path / "built").iterdir()
-    (folder / "lock").touch()
-    start += "module, why = rasterize.extension('cpu'); assert module, why"
-    both = [run_python(start, **env) for _ in range(2)]
+    code = f"from unittest import mock\nrasterize.CSRC = rasterize.Path({str(tmp_path)!r})\n"
+    return code, {"TORCH_EXTENSIONS_DIR": str(tmp_path / "built")}
+
+
+@needs_kernel
+@pytest.mark.parametrize("left", ["a lock of torch", "a killed build"])
+def test_builds_survive_a_killed_one_and_each_other(left, tmp_path):
+    """Against two processes that build at once, in a folder where a killed build left its lock or
+    half its files."""
+    code, env = smallest_csrc(tmp_path)
+    if left == "a lock of torch":
+        run_python(code + "rasterize.extension('cpu')", CXX="/nonexistent", **env).wait(100)
+        folder, = (tmp_path / "built").iterdir()
+        (folder / "lock").touch()
+    else:   # by a compiler that writes half a file and hangs
+        (tmp_path / "c++").write_text('#!/bin/sh\ncase "$*" in *" -c "*) echo x > main.o; sleep 20;;'
+                                      ' *) exec c++ "$@";; esac\n')
+        (tmp_path / "c++").chmod(0o755)
+        p = run_python(code + "rasterize.extension('cpu')", CXX=str(tmp_path / "c++"), **env)
+        while not list((tmp_path / "built").glob("*/main.o")):
+            assert p.poll() is None, p.communicate()[0]
+            time.sleep(0.1)
+        p.kill()
+    code += "module, why = rasterize.extension('cpu'); assert module, why"
+    both = [run_python(code, **env) for _ in range(2)]
     said = [p.communicate(timeout=100)[0] for p in both]
     assert not any(p.returncode for p in both), said
     assert "".join(said).count("compiling") == 1
+
+
+@needs_kernel
+@pytest.mark.parametrize("device, missing, sentence", [
+    ("cpu", "mock.patch('shutil.which', lambda x: x != 'ninja')", "no ninja (pip install ninja)"),
+    ("cpu", "mock.patch('sysconfig.get_path', lambda *_, **__: '/nonexistent')",
+     "no Python.h (the system's package is called python3-dev)"),
+    ("cpu", "mock.patch('rasterize.FLAGS', ['-include', 'no_such_header.h'])", "no_such_header.h"),
+    ("cuda", "mock.patch.multiple('torch.cuda', is_available=lambda: True, "
+     "get_device_capability=lambda: (9, 0)), "
+     "mock.patch('torch.utils.cpp_extension.CUDA_HOME', None)",
+     "no CUDA compiler nvcc (CUDA_HOME can name"),
+    ("cuda", "mock.patch('torch.cuda.is_available', lambda: False)", "no GPU that PyTorch can use"),
+], ids=["ninja", "Python.h", "what the compiler says", "nvcc", "GPU"])
+def test_what_is_missing_to_compile_is_named(device, missing, sentence, tmp_path):
+    """Against the one sentence, in the error of a backend that was asked for by name."""
+    code, env = smallest_csrc(tmp_path)
+    said = run_python(code + f"import torch.utils.cpp_extension\nwith {missing}:\n"
+                      f"    rasterize.choose({device!r}, {device!r})", **env).communicate()[0]
+    assert f"the {device} backend cannot be built: " in said and sentence in said, said
+
+
+@needs_kernel
+def test_the_list_of_architectures_in_the_environment_is_not_needed():
+    """Against TORCH_CUDA_ARCH_LIST, which torch would read where -gencode is not among the flags:
+    the flags name the one GPU, so an unset or odd list changes nothing."""
+    import torch.utils.cpp_extension as cpp
+    with mock.patch.dict(os.environ, TORCH_CUDA_ARCH_LIST="nonsense"):
+        assert cpp._get_cuda_arch_flags(["-gencode=arch=compute_90,code=sm_90"]) == []
 
 
 def test_an_unknown_or_unsuitable_backend_is_refused():
@@ -375,6 +423,21 @@ def test_an_unknown_or_unsuitable_backend_is_refused():
         render(g, cam, (1., 1., 1.), backend="fast")
     with pytest.raises(ValueError, match="on cpu"):
         render(g, cam, (1., 1., 1.), backend="cuda")
+
+
+@pytest.mark.parametrize("field, shape", [("xyz", (1, 4, 4)), ("scale", (1, 3, 3)),
+                                          ("quat", (1, 4, 3)), ("opacity", (1, 4, 1)),
+                                          ("sh", (1, 4, 2, 3)), ("K", (1, 2, 4)),
+                                          ("w2c", (2, 1, 4, 4))])
+def test_shapes_that_do_not_fit_are_refused_by_name(field, shape):
+    """Against the sentence, before any kernel reads beyond a tensor's end."""
+    g, cam = benchmark_scene(1, 1, 4, 8)
+    if field in g._fields:
+        g = g._replace(**{field: torch.ones(shape)})
+    else:
+        cam = cam._replace(**{field: torch.ones(shape)})
+    with pytest.raises(ValueError, match=rf"do not fit together.*{field} \[{shape[0]}, {shape[1]}"):
+        render(g, cam, (1., 1., 1.))
 
 
 def test_rotations_survive_the_way_to_quaternions_and_back():
