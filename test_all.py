@@ -697,8 +697,8 @@ def test_builds_survive_a_killed_one_and_each_other(left, tmp_path):
         folder, = (tmp_path / "built").iterdir()
         (folder / "lock").touch()
     else:   # by a compiler that writes half a file and hangs
-        (tmp_path / "c++").write_text('#!/bin/sh\ncase "$*" in\n*" -c "*) echo x > main.o; sleep 20;;'
-                                      '\n*) exec c++ "$@";;\nesac\n')
+        (tmp_path / "c++").write_text('#!/bin/sh\ncase "$*" in *" -c "*) echo > main.o; sleep 20;; '
+                                      '*) exec c++ "$@";; esac\n')
         (tmp_path / "c++").chmod(0o755)
         p = run_python(code + "rasterize.extension('cpu')", CXX=str(tmp_path / "c++"), **env)
         while not list((tmp_path / "built").glob("*/main.o")):
