@@ -153,6 +153,7 @@ class UNet(nn.Module):
         super().__init__()
         emb = 4 * cfg.width if time else 0
         self.width = cfg.width
+        self.bf16 = False            # convolutions in half precision; all else stays in float32
         if time:
             self.map_layer0 = xavier(nn.Linear(cfg.width, emb))
             self.map_layer1 = xavier(nn.Linear(emb, emb))
@@ -195,6 +196,13 @@ class UNet(nn.Module):
             self.out.bias[5:8] += math.log(128 / cfg.size)                    # 1 pixel at any size
 
     def forward(self, x, t=None):
+        with torch.autocast(x.device.type, torch.bfloat16, self.bf16, cache_enabled=False):
+            x = self.features(x, t)
+        # bfloat16 has 8 bits, too few for a depth: what leaves the network is float32
+        return self.out(self.aux_conv(F.silu(self.aux_norm(x.float()))))      # (B, 24, H, W) raw
+
+    def features(self, x, t):
+        """(B, c_in, H, W) -> (B, width, H, W)."""
         emb = None
         if t is not None:
             freq = 1e4 ** -torch.linspace(0, 1, self.width // 2, device=x.device)   # (width/2,)
@@ -207,7 +215,7 @@ class UNet(nn.Module):
             skips.append(x)
         for name, layer in self.dec.items():
             x = layer(torch.cat([x, skips.pop()], 1) if "block" in name else x, emb)
-        return self.out(self.aux_conv(F.silu(self.aux_norm(x))))              # (B, 24, H, W) raw
+        return x
 
 
 # ---- diffusion -----------------------------------------------------------------------------------

@@ -1416,6 +1416,76 @@ def test_interrupted_training_goes_on_bitwise(trained, cars, tmp_path):
     assert all(rows[0][k]["psnr_novel"] == rows[1][k]["psnr_novel"] for k in rows[0])
 
 
+def test_two_processes_train_like_one_and_one_goes_on(trained, cars, tmp_path):
+    """Against one process: the same losses but for the order of sums, while two share the batch,
+    are stopped inside stage 1, and one alone goes on from there."""
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+           str(HERE / "train.py"), *SMALL, f"--root={cars}", f"--out={tmp_path}"]
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([*two, "--max_steps=6"], env=env, capture_output=True, text=True)
+    assert "2 processes; each takes [1, 1, 1] objects" in run.stdout, run.stdout + run.stderr
+    assert run.stdout.count("stopped and saved") == 1 and (tmp_path / "resume.pt").exists()
+    script("train", *SMALL, f"--root={cars}", f"--out={tmp_path}")
+    logs = [(folder / "log.jsonl").read_text().splitlines()[1:] for folder in (trained[0], tmp_path)]
+    for one, both in zip(*[[json.loads(r) for r in log] for log in logs], strict=True):
+        assert (one["stage"], one["step"]) == (both["stage"], both["step"])
+        assert both["loss"] == pytest.approx(one["loss"], rel=1e-2), (one, both)
+
+
+def small_step(device, **flags):
+    """-> losses of 20 steps of every stage on random images, by make_step."""
+    given = dict(size=16, width=16, mult=(1, 2), attn=8, batch=(4, 4, 2), views=2, steps=3,
+                 device=device, **flags)
+    cfg, shape = train.Config(**given), ModelConfig(16, 16, (1, 2), 1, 8)
+    g, cam = benchmark_scene(4, 2, 1, 16)
+    images = torch.randint(256, (8, 3, 16, 16), generator=torch.Generator().manual_seed(0))
+    views = data.Views(images.byte(), invert_pose(cam.w2c).flatten(0, 1), cam.K.flatten(0, 1),
+                       torch.arange(5) * 2, [""] * 4, dict(size=16)).to(device)
+    losses = []
+    for stage in range(3):
+        torch.manual_seed(0)
+        network = (Denoiser if stage else Teacher)(shape).to(device)
+        teacher = Teacher(shape).to(device).requires_grad_(False)
+        step, _ = train.make_step(cfg, stage, network, teacher, torch.ones(3, device=device))
+        for k in range(20):
+            lr = torch.full((), 1e-3, device=device)
+            losses.append(float(step(*train.draw_batch(views, cfg, stage, k), lr)[0]["loss"]))
+    return torch.tensor(losses)
+
+
+def test_keeping_only_the_splats_between_steps_changes_nothing():
+    """Against keeping all activations: 20 steps of every stage."""
+    torch.testing.assert_close(small_step("cpu", checkpoint=True), small_step("cpu"))
+
+
+@needs_cuda
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_captured_step_trains_like_an_eager_one(bf16, compiled):
+    """Against the step as it is written: the losses of 20 steps of every stage."""
+    flags = dict(graph=True, compile=compiled, bf16=bf16)
+    torch.testing.assert_close(small_step("cuda", **flags), small_step("cuda", bf16=bf16),
+                               rtol=0.05 if bf16 or compiled else 5e-3, atol=1e-3)
+
+
+def test_a_gradient_that_is_no_number_changes_no_weight():
+    """Against the weights before, of the network and of Adam; the next step trains again."""
+    torch.manual_seed(0)
+    network = Teacher(ModelConfig(16, 16, (1, 2), 1, 8))
+    step, optimiser = train.make_step(train.Config(device="cpu"), 0, network, None, torch.ones(3))
+    _, cam = benchmark_scene(2, 2, 1, 16)
+    x, rest = torch.rand(2, 2, 3, 16, 16), (cam.w2c, cam.K, None, None, torch.tensor(1e-3))
+    def state():
+        return [v.clone() for v in network.parameters()] + [
+            v.clone() for s in optimiser.state.values() for v in s.values()]
+    step(x, *rest)
+    before = state()
+    bad = x.clone()
+    bad[0, 1, 0, 3, 3] = torch.nan
+    assert step(bad, *rest)[3] == 1 and all(map(torch.equal, before, state()))
+    assert step(x, *rest)[3] == 0 and not any(map(torch.equal, before[:3], state()))
+
+
 def test_a_killed_writer_never_leaves_half_a_checkpoint(tmp_path):
     """Against ten SIGKILLs at random moments of a process that does nothing but save."""
     path, tensor = tmp_path / "resume.pt", torch.arange(200_000)

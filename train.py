@@ -8,32 +8,43 @@ Run the same command again to go on after an interruption: every number comes ou
     stage 0   the teacher, by rendering alone
     stage 1   bootstrapping: predict the teacher's splats from noised ones, and render well
     stage 2   multi-step: unroll the denoiser, render well, and leave the teacher behind
-What the paper does not say is marked *ours*.
+What the paper does not say is marked *ours*. Several GPUs, and what a step costs:
+    torchrun --standalone --nproc_per_node=2 train.py --dataset cars
+    python train.py --benchmark
 """
 import ast
+import functools
+import importlib.util
 import inspect
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
 from model import (STEPS, T, T_STAR, WEIGHTINGS, Denoiser, ModelConfig, S, add_noise, denoise,
                    lambda_t, load_checkpoint, load_network, normalise, pick_device,
                    save_network, write_atomically)
-from rasterize import Camera, invert_pose, render
+from rasterize import (C0, Camera, Gaussians, benchmark_scene, gsplat, invert_pose, milliseconds,
+                       render)
 from teacher import Teacher, splat_statistics
 
 
@@ -57,7 +68,7 @@ class Config:
     warm_start: bool = True      # ours: the student begins with the teacher's weights
     # optimisation; numbers by stage: teacher, bootstrapping, multi-step
     iters: tuple = (800, 100, 180)    # steps
-    batch: tuple = (8, 8, 4)     # objects a step; the paper has 100 in stage 1 and 10 in stage 2
+    batch: tuple = (8, 8, 4)     # objects a step, over all GPUs; paper: 100 in stage 1, 10 in 2
     lr: tuple = (8e-3, 5e-4, 3e-4)    # peak learning rate of Adam
     views: int = 4               # rendered views per object, the source view among them
     warmup: int = 20             # steps of linear warm-up, then a cosine down to 0
@@ -69,6 +80,11 @@ class Config:
     weighting: str = "min_snr"   # stage 2: lambda_t, or constant, or noise
     t_star: int = T_STAR         # stage 2 starts above this noise level (paper)
     steps: int = 5               # DDIM steps unrolled in stage 2 and when sampling; paper: 10
+    # speed; the same training, but for the rounding of bf16
+    bf16: bool = False           # half precision in the U-Net
+    graph: bool = False          # replay the step as one CUDA graph
+    compile: bool = False        # torch.compile the U-Net; it takes minutes, and then less time
+    checkpoint: bool = False     # stage 2 keeps only the splats between steps: less memory, slower
     # watching
     eval_views: int = 50         # target views per test object, evenly spaced; 0 is all
     samples: int = 4             # samples that the row "mean of" averages
@@ -77,15 +93,18 @@ class Config:
     save_every: int = 50
     # this call only
     eval_only: bool = False      # make the table again from the finished stages
+    benchmark: bool = False      # time the steps of all stages, and train nothing
     max_steps: int = 0           # stop and save after so many steps; 0 goes to the end
 
 
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # by torchrun
 GPU = dict(n_train=2000, n_test=200, size=128, width=64, mult=(1, 2, 2, 2), attn=16,   # on a GPU
            iters=(20000, 5000, 2000), batch=(32, 32, 10), lr=(5e-4, 1e-4, 5e-5), views=4,
            warmup=500, ema=0.999, steps=STEPS, eval_views=0, log_every=50,
-           preview_every=500, save_every=500)
-SESSION = {"out", "root", "device", "eval_only", "max_steps", "eval_views", "samples",
-           "log_every", "preview_every", "save_every"}             # may change between calls
+           preview_every=500, save_every=500, bf16=True, graph=True, compile=True)
+SESSION = {"out", "root", "device", "eval_only", "benchmark", "max_steps", "eval_views", "samples",
+           "log_every", "preview_every", "save_every",             # these may change between calls
+           "graph", "compile", "checkpoint"}
 
 
 def parse(argv):
@@ -114,6 +133,8 @@ def parse(argv):
                       f"{getattr(Config, name)!r}")
         given[name] = value
     device = pick_device(given.get("device"))
+    if WORLD > 1 and device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     cfg = Config(**{**(GPU if device.startswith("cuda") else {}), **given, "device": device})
     cfg.out = cfg.out or f"out/{cfg.dataset}"
     least = dict(size=1, width=8, blocks=1, views=2, samples=1, steps=1, n_train=1, n_test=1,
@@ -125,6 +146,10 @@ def parse(argv):
         data.fail(f"--weighting={cfg.weighting}: give one of {', '.join(WEIGHTINGS)}")
     if any(len(getattr(cfg, name)) != 3 for name in ("iters", "batch", "lr")):
         data.fail("--iters, --batch and --lr have three numbers each, one a stage")
+    if any(n % WORLD for n in cfg.batch):
+        data.fail(f"--batch={cfg.batch}: each is shared out to {WORLD} processes; give multiples")
+    if (cfg.graph or cfg.compile) and not device.startswith("cuda"):
+        data.fail("--graph and --compile need a GPU; leave them out")
     if cfg.size % 2 ** (len(cfg.mult) - 1):
         data.fail(f"--size={cfg.size} does not halve {len(cfg.mult) - 1} times, once for every "
                   f"level of --mult={cfg.mult}; give another size or fewer levels")
@@ -184,7 +209,8 @@ def stage_2(denoiser, teacher, x, cam, background, t, eps, cfg):
     with torch.no_grad():
         s_teacher = normalise(teacher(x[:, :1], cam), denoiser.stats)         # (B, 24, H, W)
     s_t = add_noise(s_teacher, t, eps)
-    *_, s_hat = denoise(denoiser, s_t, t, x[:, 0], cfg.steps)
+    again = functools.partial(checkpoint, denoiser, use_reentrant=False, preserve_rng_state=False)
+    *_, s_hat = denoise(again if cfg.checkpoint else denoiser, s_t, t, x[:, 0], cfg.steps)
     x_hat, _, _ = render(denoiser.gaussians(s_hat, cam.K[:, 0]), cam, background)
     per_object = image_loss(x_hat, x)                                         # (B,)
     weights = {k: v.detach() for k, v in denoiser.named_parameters()}         # today's, but frozen
@@ -313,7 +339,7 @@ def preview(networks, views, cfg, background, path):
     write_atomically(path, lambda f: picture.save(f, "PNG"))
 
 
-# ---- the loop ------------------------------------------------------------------------------------
+# ---- bookkeeping ---------------------------------------------------------------------------------
 
 def git_revision():
     try:
@@ -335,16 +361,127 @@ def learning_rate(step, iters, peak, warmup):
     return peak * ramp * 0.5 * (1 + math.cos(math.pi * step / iters))
 
 
-def draw_batch(views, cfg, stage, step):
-    """Everything random in one step, from (seed, stage, step) alone: resuming needs no other state.
-    -> x (B, V, 3, H, W), cam, t (B,), eps (B, 24, H, W) on the device."""
-    gen = torch.Generator().manual_seed((cfg.seed * 3 + stage) * 10**9 + step)
-    batch = cfg.batch[stage]
+def draw_batch(views, cfg, stage, step, mine=slice(RANK, None, WORLD)):
+    """Everything random in one step, from (seed, stage, step) alone: resuming needs no other state,
+    and every process draws the whole batch and takes its own share of it.
+    -> x (B, V, 3, H, W), w2c (B, V, 4, 4), K (B, V, 4), t (B,), eps (B, 24, H, W)."""
+    seed = (cfg.seed * 3 + stage) * 10**9 + step
+    gen, batch = torch.Generator().manual_seed(seed), cfg.batch[stage]
     _, index = data.draw(views, batch, cfg.views, gen)                        # (B, V)
     t = torch.randint(cfg.t_star + 1 if stage == 2 else 0, T, (batch,), generator=gen)   # (B,)
-    eps = torch.randn(batch, S, cfg.size, cfg.size, generator=gen)            # (B, 24, H, W)
-    batch = *data.gather(views, index.to(views.images.device)), t, eps
-    return [y.to(cfg.device) for y in batch]
+    if cfg.device.startswith("cuda"):                                         # the large one there
+        gen = torch.Generator(cfg.device).manual_seed(seed)
+    eps = torch.randn(batch, S, cfg.size, cfg.size, generator=gen, device=gen.device)
+
+    def send(y, device):   # from pinned memory, or the host would wait for the copy
+        if y.device.type == torch.device(device).type:
+            return y
+        return y.pin_memory().to(device, non_blocking=True)
+    x, cam = data.gather(views, send(index[mine], views.images.device))
+    return [send(y, cfg.device) for y in (x, cam.w2c, cam.K, t[mine], eps[mine])]
+
+
+def batches(views, cfg, stage, first, end):
+    """draw_batch of every step; where the images are not on the device, a thread is one ahead."""
+    draw = functools.partial(draw_batch, views, cfg, stage)
+    if views.images.device.type == torch.device(cfg.device).type:
+        yield from map(draw, range(first, end))
+    else:
+        with ThreadPoolExecutor(1) as pool:
+            ahead = pool.submit(draw, first)
+            for step in range(first, end):
+                batch, ahead = ahead.result(), pool.submit(draw, step + 1)
+                yield batch
+
+
+# ---- speed: nothing of the idea is in here -------------------------------------------------------
+
+class Captured:
+    """step(*tensors) -> tensors, as one CUDA graph: a single launch instead of thousands.
+
+    The first calls run as they are, because compilers and libraries settle down in them; then the
+    same work is recorded, once, and from there on replayed on new inputs. The outputs are
+    overwritten by the next call."""
+
+    def __init__(self, step, first=3):
+        self.step, self.first, self.graph, self.stream = step, first, None, torch.cuda.Stream()
+
+    def __call__(self, *inputs):
+        if self.graph:
+            torch._foreach_copy_(self.inputs, inputs)
+            self.graph.replay()
+            return self.outputs
+        self.first -= 1
+        if self.first >= 0:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):   # the stream that a recording will use, too
+                outputs = self.step(*inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return outputs
+        self.inputs, self.graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
+            self.outputs = self.step(*self.inputs)
+        return self(*inputs)
+
+
+def flat_gradients(params):
+    """Gives all parameters gradients in one buffer (n,): one kernel clears, clips or sends them."""
+    flat = torch.zeros(sum(p.numel() for p in params), device=params[0].device)
+    for p, part in zip(params, flat.split([p.numel() for p in params])):
+        p.grad = part.as_strided(p.shape, p.stride())                         # channels last, as p
+    return flat
+
+
+def make_step(cfg, stage, network, teacher, background):
+    """-> step, optimiser. step(x, w2c, K, t, eps, lr) trains once and waits for nothing; it returns
+    the named losses, the loss per object (B,), the gradient's norm and whether that was no number."""
+    params = list(network.parameters())
+    gradient, cuda = flat_gradients(params), cfg.device.startswith("cuda")
+    optimiser = torch.optim.Adam(params, lr=torch.zeros((), device=cfg.device), betas=(0.9, 0.99),
+                                 eps=1e-8, fused=True, capturable=cuda)
+    for net in (network, teacher):
+        if net:
+            net.unet.bf16 = cfg.bf16
+            if cfg.compile:
+                torch._dynamo.config.recompile_limit = 64   # one for each use: with or without
+                net.unet.compile(dynamic=False)             # gradients, of weights or of images
+
+    def step(x, w2c, K, t, eps, lr):
+        # ---- a single training step --------------------------------------------------------------
+        cam = Camera(w2c, K, tuple(x.shape[-2:]))
+        gradient.zero_()
+        if stage == 0:
+            losses, per_object = stage_0(network, x, cam, background)
+        else:
+            losses, per_object = (stage_1, stage_2)[stage - 1](network, teacher, x, cam, background,
+                                                               t, eps, cfg)
+        losses["loss"].backward()
+        if WORLD > 1:
+            dist.all_reduce(gradient)
+            gradient.div_(WORLD)
+        norm = gradient.norm()
+        gradient.mul_((cfg.clip / (norm + 1e-6)).clamp(max=1))
+        optimiser.found_inf = (~norm.isfinite()).float()   # 1: Adam leaves everything as it was
+        optimiser.param_groups[0]["lr"].copy_(lr)
+        optimiser.step()
+        # ------------------------------------------------------------------------------------------
+        return ({k: v.detach() for k, v in losses.items()}, per_object.detach(), norm,
+                optimiser.found_inf)
+    return (Captured(step) if cfg.graph else step), optimiser
+
+
+def on_all(x, device):
+    """The sum of x over all processes."""
+    x = torch.as_tensor(x, device=device).clone()
+    if WORLD > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def meet():
+    """Nobody goes on before everybody is here."""
+    if WORLD > 1:
+        dist.barrier()
 
 
 class Stop:
@@ -379,11 +516,13 @@ class Log:
             if "step" not in r or (r["stage"], r["step"]) <= (stage, step):
                 kept.append(line)
         text = "".join(line + "\n" for line in kept or [json.dumps(header)])
-        write_atomically(path, lambda f: f.write(text.encode()))
+        if RANK == 0:
+            write_atomically(path, lambda f: f.write(text.encode()))
 
     def __call__(self, **record):
-        with open(self.path, "a") as f:
-            f.write(json.dumps(record) + "\n")
+        if RANK == 0:
+            with open(self.path, "a") as f:
+                f.write(json.dumps(record) + "\n")
 
 
 def resume(path, cfg, identity):
@@ -405,10 +544,11 @@ def resume(path, cfg, identity):
 def train(cfg, splits, out, identity, background):
     """Stages 0, 1, 2 from wherever `out` says they are. Returns False if it was asked to stop."""
     device, views, stop, done_here = cfg.device, splits["train"], Stop(), 0
-    if device.startswith("cuda") and views.images.nbytes < torch.cuda.mem_get_info()[0] / 4:
+    if device.startswith("cuda") and views.images.nbytes < torch.cuda.mem_get_info()[0] / 3:
         views = views.to(device)                                              # uint8, once
     test = splits["test"]
     state = resume(out / "resume.pt", cfg, identity)
+    meet()                                         # before anyone writes what another still reads
     log = Log(out / "log.jsonl", state["stage"], state["step"],
               dict(config=asdict(cfg), data=identity, git=git_revision()))
     shape = ModelConfig(cfg.size, cfg.width, tuple(cfg.mult), cfg.blocks, cfg.attn,
@@ -424,19 +564,26 @@ def train(cfg, splits, out, identity, background):
             teacher = load_network(out / "teacher.pt", Teacher, device)[0].requires_grad_(False)
             network = Denoiser(shape)
             if stage == 1:
-                batches = (draw_batch(views, cfg, 0, cfg.iters[0] + i)[0][:, 0] for i in range(32))
-                network.stats.copy_(splat_statistics(teacher, batches))
+                images = (draw_batch(views, cfg, 0, cfg.iters[0] + i, slice(None))[0][:, 0]
+                          for i in range(32))
+                network.stats.copy_(splat_statistics(teacher, images))
                 if cfg.warm_start:
                     network.warm_start(teacher.unet)
             else:
                 network.load_state_dict(load_network(out / "stage_1.pt", Denoiser)[0].state_dict())
         network.to(device, memory_format=torch.channels_last)                 # convolutions like it
+        if WORLD > 1:   # the same to the last bit
+            for x in network.state_dict().values():
+                dist.broadcast(x, 0)
         average = deepcopy(network).requires_grad_(False)
-        optimiser = torch.optim.Adam(network.parameters(), lr=peak, betas=(0.9, 0.99), eps=1e-8)
+        frozen = deepcopy(teacher)   # to train with; the other stays as it is, to look at
+        step_once, optimiser = make_step(cfg, stage, network, frozen, background)
         if state["step"]:
             network.load_state_dict(state["network"])
             average.load_state_dict(state["average"])
+            group = {k: optimiser.param_groups[0][k] for k in ("lr", "capturable")}
             optimiser.load_state_dict(state["optimiser"])
+            optimiser.param_groups[0].update(group)                           # of this device
         params, averages = list(network.parameters()), list(average.parameters())
 
         def save(step):
@@ -445,90 +592,186 @@ def train(cfg, splits, out, identity, background):
                          optimiser=optimiser.state_dict())
             write_atomically(out / "resume.pt", lambda f: torch.save(state, f))
 
+        if cfg.compile and RANK == 0:
+            print(f"stage {stage}: compiling the U-Net, a minute or two")
         bar = tqdm(range(state["step"], iters), f"stage {stage}", iters, initial=state["step"],
-                   unit="step", mininterval=0.5)
-        levels, began = [], time.time()
-        for step in bar:
-            # ---- a single training step ----------------------------------------------------------
-            x, cam, t, eps = draw_batch(views, cfg, stage, step)
-            optimiser.param_groups[0]["lr"] = learning_rate(step, iters, peak, cfg.warmup)
-            if stage == 0:
-                losses, per_object = stage_0(network, x, cam, background)
-            else:
-                losses, per_object = (stage_1, stage_2)[stage - 1](network, teacher, x, cam,
-                                                                   background, t, eps, cfg)
-            optimiser.zero_grad(set_to_none=True)
-            losses["loss"].backward()
-            norm = torch.nn.utils.clip_grad_norm_(params, cfg.clip)
-            if norm.isfinite():
-                optimiser.step()
-                decay = min(cfg.ema, (1 + step) / (10 + step))               # short memory at first
-                torch._foreach_lerp_(averages, params, 1 - decay)
-            else:
-                state["skipped"] += 1
-            # --------------------------------------------------------------------------------------
+                   unit="step", mininterval=0.5, disable=RANK > 0)
+        levels = torch.zeros(2, T // 20 + 1, device=device)   # sum and count of losses by level;
+        began, asked = time.time(), False                     # last, the steps that were skipped
+        for step, batch in zip(bar, batches(views, cfg, stage, state["step"], iters)):
+            lr = torch.full((), learning_rate(step, iters, peak, cfg.warmup), device=device)
+            losses, per_object, norm, skipped = step_once(*batch, lr)
+            decay = min(cfg.ema, (1 + step) / (10 + step))                   # short memory at first
+            torch._foreach_lerp_(averages, params, 1 - decay)
+            levels[:, -1] += skipped
+            levels.index_add_(1, batch[3] // 20, torch.stack([per_object, per_object ** 0]))
+
+            # -- all that waits for the device happens now and then only
             done_here += 1
             state["minutes"][stage] += (time.time() - began) / 60
             began = time.time()
-            levels += zip(t.tolist(), per_object.tolist())
             last, asked = step == iters - 1, stop.asked or done_here == cfg.max_steps
-            if (step + 1) % cfg.log_every == 0 or last:
-                record = {k: float(v.detach()) for k, v in losses.items()}
-                rate = (bar.format_dict["rate"] or 0.0) * len(x) * cfg.views      # rendered views
-                bins = {} if stage == 0 else {
-                    f"t{lo}-{lo + 19}": float(np.mean(v)) for lo in range(0, T, 20)
-                    if (v := [loss for t, loss in levels if lo <= t < lo + 20])}
+            logged = (step + 1) % cfg.log_every == 0 or last
+            if WORLD > 1:   # processes stop together
+                asked = logged and float(on_all(float(asked), device)) > 0
+            if logged:
+                record = {k: float(on_all(v, device)) / WORLD for k, v in losses.items()}
+                total, count = on_all(levels, device).tolist()
+                state["skipped"] += int(total[-1]) // WORLD
+                rate = (bar.format_dict["rate"] or 0.0) * cfg.batch[stage] * cfg.views   # rendered
+                bins = {} if stage == 0 else {f"t{20 * k}-{20 * k + 19}": total[k] / count[k]
+                                              for k in range(T // 20) if count[k]}
                 log(stage=stage, step=step + 1, **record, by_level=bins, grad_norm=float(norm),
                     skipped=state["skipped"], images_per_s=rate)
                 bar.set_postfix_str(f"loss {record['loss']:.4f}, {rate:.0f} img/s")
-                levels = []
-            if (step + 1) % cfg.preview_every == 0 or last:
+                levels.zero_()
+            if ((step + 1) % cfg.preview_every == 0 or last) and RANK == 0:
                 shown = {"teacher": teacher or average, **({"ours": average} if stage else {})}
                 preview(shown, test, cfg, background, out / "preview.png")
-            if (step + 1) % cfg.save_every == 0 or asked:
+            if ((step + 1) % cfg.save_every == 0 or asked) and RANK == 0:
                 save(step + 1)
             if asked and not last:
                 bar.close()
                 return False
         bar.close()
         name = ("teacher", "stage_1", "stage_2")[stage]
-        save_network(out / f"{name}.pt", average, dict(
-            stage=stage, dataset=cfg.dataset, data=identity, K=views.K[0].tolist(),
-            background=list(views.meta["background"]), seed=cfg.seed, iters=iters,
-            minutes=sum(state["minutes"][:stage + 1]), git=git_revision(),
-            device=device_name(device)))
         state = dict(stage=stage + 1, step=0, skipped=state["skipped"], minutes=state["minutes"],
                      config=asdict(cfg), data=identity)
-        write_atomically(out / "resume.pt", lambda f: torch.save(state, f))
-        if done_here == cfg.max_steps or stop.asked:
+        if RANK == 0:
+            save_network(out / f"{name}.pt", average, dict(
+                stage=stage, dataset=cfg.dataset, data=identity, K=views.K[0].tolist(),
+                background=list(views.meta["background"]), seed=cfg.seed, iters=iters,
+                minutes=sum(state["minutes"][:stage + 1]), git=git_revision(),
+                device=f"{WORLD} x {device_name(device)}"))
+            write_atomically(out / "resume.pt", lambda f: torch.save(state, f))
+        meet()                                     # the next stage reads that file
+        if asked:
             return stage == 2
     stop.end()
     return True
 
 
+# ---- python train.py --benchmark: what a step costs ----------------------------------------------
+
+render_batch = render
+
+
+def one_by_one(g, cam, background):
+    """`render` in one call per image, as the published codebases do."""
+    images = [render_batch(Gaussians(*[x[b:b + 1] for x in g]),
+                           Camera(cam.w2c[b:b + 1, v:v + 1], cam.K[b:b + 1, v:v + 1], cam.hw),
+                           background) for b, v in np.ndindex(*cam.w2c.shape[:2])]
+    return [torch.cat(x).unflatten(0, cam.w2c.shape[:2])[:, :, 0] for x in zip(*images)]
+
+
+def by_gsplat(g, cam, background):
+    """By the package gsplat, whose batches share no SH: colours of degree 0, its better tiles."""
+    g = g._replace(sh=(0.5 + C0 * g.sh[:, :, 0]).clamp(min=0))
+    return *gsplat(g, cam, background.expand(len(g.xyz), 3), 8), None
+
+
+def benchmark(cfg):
+    """One table: a step of each stage, run in several ways, on random weights and images."""
+    global render
+    cuda, shape = cfg.device.startswith("cuda"), ModelConfig(cfg.size, cfg.width, cfg.mult,
+                                                             cfg.blocks, cfg.attn)
+    eager, graph = dict(graph=False, compile=False), dict(graph=True, compile=False)
+    ways = {"eager": eager, "eager, one render an image": eager}
+    if importlib.util.find_spec("gsplat") and cuda:
+        ways["eager, gsplat"] = eager
+    if cuda:
+        ways |= {"captured": graph, "captured, checkpoint": dict(graph, checkpoint=True)}
+        ways |= {"captured, compiled": dict(graph=True)} if cfg.compile else {}
+    images = torch.randint(256, (4 * cfg.views, 3, cfg.size, cfg.size), dtype=torch.uint8)
+    _, cam = benchmark_scene(4, cfg.views, 1, cfg.size)
+    views = data.Views(images, invert_pose(cam.w2c).flatten(0, 1), cam.K.flatten(0, 1),
+                       torch.arange(5) * cfg.views, [""] * 4, dict(size=cfg.size)).to(cfg.device)
+    background = torch.ones(3, device=cfg.device)
+    print(f"{device_name(cfg.device)}; {cfg.size}x{cfg.size}, U-Net {cfg.width} x {cfg.mult}, "
+          f"{cfg.blocks} blocks, bf16={cfg.bf16}, {cfg.views} views, {cfg.steps} steps; medians\n"
+          f"{'':37}{'batch':>6}{'parameters':>12}{'ms/step':>10}{'speed-up':>10}{'img/s':>9}"
+          f"{'TFLOP/s':>9}{'MiB':>8}{'rendering':>11}")
+    for stage in range(3):
+        reference = flops = None
+        for way, flags in ways.items():
+            if "checkpoint" in way and stage < 2:
+                continue
+            torch._dynamo.reset()
+            torch.manual_seed(0)
+            c = replace(cfg, **flags)
+            network = (Denoiser if stage else Teacher)(shape)
+            network.to(cfg.device, memory_format=torch.channels_last)
+            teacher = Teacher(shape).to(cfg.device, memory_format=torch.channels_last)
+            step, _ = make_step(c, stage, network, teacher.requires_grad_(False), background)
+            batch = *draw_batch(views, c, stage, 0), torch.full((), 1e-5, device=cfg.device)
+            render = {"eager, gsplat": by_gsplat,
+                      "eager, one render an image": one_by_one}.get(way, render_batch)
+            if flops is None:
+                with FlopCounterMode(display=False) as counter:
+                    step(*batch)
+                flops = counter.get_total_flops()
+            for _ in range(5):                                                # compile, capture
+                step(*batch)
+            share = ""
+            if cuda:
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+                with torch.profiler.profile() as profile:
+                    step(*batch)
+                    torch.cuda.synchronize()
+                kernels = [e for e in profile.events() if e.device_type.name == "CUDA"]
+                ours = sum(e.device_time for e in kernels if e.name.startswith(
+                    ("project_", "bin_kernel", "blend_", "void sort_kernel")))
+                share = f"{100 * ours / sum(e.device_time for e in kernels):9.1f} %"
+            ms, _, _ = milliseconds(lambda: step(*batch), "cuda" if cuda else "cpu", 2000)
+            reference, n = reference or ms, sum(p.numel() for p in network.parameters())
+            memory = torch.cuda.max_memory_reserved() / 2 ** 20 if cuda else 0
+            print(f"stage {stage}, {way:28}{cfg.batch[stage]:6}{n:12,}{ms:10.2f}"
+                  f"{reference / ms:9.2f}x{1e3 * cfg.batch[stage] * cfg.views / ms:9.0f}{1e-9 * flops / ms:9.2f}"
+                  f"{memory:8.0f}{share}", flush=True)
+            step = network = teacher = None
+            if cuda:
+                torch.cuda.empty_cache()
+
+
 def main():
     cfg = parse(sys.argv[1:])
     began = time.time()
-    sizes = "a GPU" if cfg.device.startswith("cuda") else "a CPU"
-    print(f"device: {device_name(cfg.device)}; sizes for {sizes} (--help lists the flags)")
+    cuda = cfg.device.startswith("cuda")
+    say = print if RANK == 0 else lambda *_: None                             # one voice
+    say(f"device: {f'{WORLD} x ' * (WORLD > 1)}{device_name(cfg.device)}; sizes for "
+        f"{'a GPU' if cuda else 'a CPU'} (--help lists the flags)")
+    if cfg.benchmark:
+        return benchmark(cfg)
+    if WORLD > 1:
+        torch.cuda.set_device(cfg.device) if cuda else None
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
+    if RANK > 0:                                                              # 0 makes the data
+        meet()
     splits = data.prepare(cfg.dataset, cfg.root, cfg.size, cfg.n_train, cfg.n_test,
-                          cfg.data_seed)
+                          cfg.data_seed, quiet=RANK > 0)
+    if RANK == 0:
+        meet()
     if "test" not in splits:
         data.fail(f"{cfg.dataset} in {cfg.root} has no test split to evaluate on; unpack it too")
     meta = splits["train"].meta
     identity = {k: meta[k] for k in ("dataset", "procedural", "fingerprint")}
     out = Path(cfg.out)
     background = torch.tensor(meta["background"], device=cfg.device)          # (3,)
-    print(" ".join(f"{k}={v}" for k, v in asdict(cfg).items()))
+    say(" ".join(f"{k}={v}" for k, v in asdict(cfg).items()))
+    if WORLD > 1:
+        say(f"{WORLD} processes; each takes {[n // WORLD for n in cfg.batch]} objects of the batches")
     if not cfg.eval_only:
-        print(f"watch {out}/preview.png; Ctrl-C saves, and the same command goes on from there")
+        say(f"watch {out}/preview.png; Ctrl-C saves, and the same command goes on from there")
         if not train(cfg, splits, out, identity, background):
-            print(f"stopped and saved; to go on: python {' '.join(sys.argv)}")
-            raise SystemExit(130)
+            say(f"stopped and saved; to go on: python {' '.join(sys.argv)}")
+            raise SystemExit(130 if RANK == 0 else 0)
     elif not (out / "teacher.pt").exists():
         data.fail(f"--eval_only: {out}/teacher.pt is not there; train first, without --eval_only")
     else:
         resume(out / "resume.pt", cfg, identity)                              # the same settings?
+    if RANK > 0:
+        return
     print(results(cfg, splits, out, identity, background))
     print(f"{(time.time() - began) / 60:.1f} minutes; {out}/: preview.png results.json log.jsonl "
           f"teacher.pt stage_1.pt stage_2.pt\n"
