@@ -602,7 +602,8 @@ def train(cfg, splits, out, identity, background):
             lr = torch.full((), learning_rate(step, iters, peak, cfg.warmup), device=device)
             losses, per_object, norm, skipped = step_once(*batch, lr)
             decay = min(cfg.ema, (1 + step) / (10 + step))                   # short memory at first
-            torch._foreach_lerp_(averages, params, 1 - decay)
+            with torch.no_grad():
+                torch._foreach_lerp_(averages, params, 1 - decay)
             levels[:, -1] += skipped
             levels.index_add_(1, batch[3] // 20, torch.stack([per_object, per_object ** 0]))
 
