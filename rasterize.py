@@ -316,7 +316,7 @@ class Rasterize(torch.autograd.Function):
     def backward(ctx, *d_out):
         background, w2c, K, *rest = ctx.saved_tensors
         g, out = rest[:5], rest[5:]
-        d_background = None
+        d_background = torch.zeros_like(background) if ctx.needs_input_grad[5] else None
         if ctx.needs_input_grad[5] and d_out[0] is not None:   # what the splats let through
             d_background = ((1 - out[1]) * d_out[0]).sum((1, 3, 4))           # (B, 3)
         d_out = [out[0].new_empty(0) if x is None else x.contiguous() for x in d_out]

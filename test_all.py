@@ -400,6 +400,19 @@ def test_at_full_size_float32_draws_what_float64_draws(painter, N, size):
     assert flips.sum().abs() <= 4 * len(flips) ** 0.5
 
 
+@needs_cuda
+def test_the_cuda_kernel_draws_the_float64_reference_at_full_size():
+    """Against the reference itself, which is what draws float64 on a GPU."""
+    scene = [x.to("cuda") for x in (*benchmark_scene(1, 1, 16384, 128), torch.ones(1, 3))]
+    def draw(*scene):
+        leaves = [x.detach().requires_grad_() for x in scene[0]]
+        out = render(Gaussians(*leaves), *scene[1:])
+        return [*out, *torch.autograd.grad(out, leaves, [torch.ones_like(x) for x in out])]
+    for a, b in zip(draw(*scene), draw(*[x.to(torch.float64) for x in scene])):
+        assert b.dtype == torch.float64
+        assert_close_but_for_flips(a.detach(), b.detach(), 1e-4 if a.dim() == 5 else 1e-3, 1e-3)
+
+
 @every_painter
 @pytest.mark.parametrize("centre, x, y", [(0., 7, 9), (.25, 18, 19)])   # the latter: cx, cy < 0
 def test_shifted_intrinsics_equal_a_crop(painter, centre, x, y):
@@ -456,20 +469,21 @@ def test_a_batch_equals_one_call_per_image(painter, B, V):
 
 @every_painter
 def test_inputs_may_be_strided_and_gradients_partial(painter):
-    """Against contiguous inputs and all gradients at once, where alpha and depth have 0; a second
-    derivative of a kernel is refused, not wrong."""
+    """Against contiguous inputs, all gradients at once, and zeros for the outputs that the loss
+    does not use; a second derivative of a kernel is refused, not wrong."""
     scene = painter.takes(*awkward_scene(B=1))
-    images, d = painter(*scene, d_out=(0.25, 0, 0))
+    full = [painter(*scene, d_out=[0.25 * (i == j) for i in range(3)]) for j in range(3)]
     planar = [x.movedim(1, -1).contiguous().movedim(-1, 1) for x in scene[0]] + [scene[2]]
     assert not planar[0].is_contiguous()
     for k in range(6):
         x = [x.detach().requires_grad_(j == k) for j, x in enumerate(planar)]
         out = render(Gaussians(*x[:5]), scene[1], x[5], backend=painter.backend)
-        assert_same([a.detach().double().cpu() for a in out], images,
+        assert_same([a.detach().double().cpu() for a in out], full[0][0],
                     1e-12 if painter is reference else 0)
-        mine, = torch.autograd.grad(0.25 * out[0].sum(), x[k], retain_graph=True)
-        assert_same([mine.double().cpu()], [d[k]],   # atomics, and a needle: 4e-4 is rounding here
-                    painter.gradient / (1 if painter is cuda else 10))
+        for j in range(3):
+            d, = torch.autograd.grad(0.25 * out[j].sum(), x[k], retain_graph=True)
+            assert_same([d.double().cpu()], [full[j][1][k]],   # atomics, and a needle
+                        painter.gradient / (1 if painter is cuda else 10))
     if painter is not reference:
         d, = torch.autograd.grad(out[0].square().sum(), x[5], create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):
@@ -1427,7 +1441,7 @@ def test_two_processes_train_like_one_and_one_goes_on(trained, cars, tmp_path):
     assert "2 processes; each takes [1, 1, 1] objects" in run.stdout, run.stdout + run.stderr
     assert run.stdout.count("stopped and saved") == 1 and (tmp_path / "resume.pt").exists()
     script("train", *SMALL, f"--root={cars}", f"--out={tmp_path}")
-    logs = [(folder / "log.jsonl").read_text().splitlines()[1:] for folder in (trained[0], tmp_path)]
+    logs = [(d / "log.jsonl").read_text().splitlines()[1:] for d in (trained[0], tmp_path)]
     for one, both in zip(*[[json.loads(r) for r in log] for log in logs], strict=True):
         assert (one["stage"], one["step"]) == (both["stage"], both["step"])
         assert both["loss"] == pytest.approx(one["loss"], rel=1e-2), (one, both)
