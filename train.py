@@ -148,8 +148,6 @@ def parse(argv):
         data.fail("--iters, --batch and --lr have three numbers each, one a stage")
     if any(n % WORLD for n in cfg.batch):
         data.fail(f"--batch={cfg.batch}: each is shared out to {WORLD} processes; give multiples")
-    if (cfg.graph or cfg.compile) and not device.startswith("cuda"):
-        data.fail("--graph and --compile need a GPU; leave them out")
     if cfg.size % 2 ** (len(cfg.mult) - 1):
         data.fail(f"--size={cfg.size} does not halve {len(cfg.mult) - 1} times, once for every "
                   f"level of --mult={cfg.mult}; give another size or fewer levels")
@@ -742,6 +740,8 @@ def main():
     say = print if RANK == 0 else lambda *_: None                             # one voice
     say(f"device: {f'{WORLD} x ' * (WORLD > 1)}{device_name(cfg.device)}; sizes for "
         f"{'a GPU' if cuda else 'a CPU'} (--help lists the flags)")
+    if (cfg.graph or cfg.compile) and not cuda:
+        data.fail("--graph and --compile need a GPU; leave them out")
     if cfg.benchmark:
         return benchmark(cfg)
     if WORLD > 1:
