@@ -353,9 +353,9 @@ def load_checkpoint(path, keys):
     return checkpoint
 
 
-def save_network(path, network, meta):
-    """Weights in half precision with what is needed to use them. meta: plain values."""
-    state = {k: v.half() if v.is_floating_point() and k != "stats" else v
+def save_network(path, network, meta, half=True):
+    """Weights, in half precision, with what is needed to use them. meta: plain values."""
+    state = {k: v.half() if half and v.is_floating_point() and k != "stats" else v
              for k, v in network.state_dict().items()}
     write_atomically(path, lambda f: torch.save(
         {"network": type(network).__name__, "config": asdict(network.cfg), "state": state,

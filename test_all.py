@@ -28,12 +28,12 @@ import data
 import rasterize
 import sample
 import train
-from model import (T, T_STAR, S, Denoiser, ModelConfig, UNet, add_noise, alpha_bar, denoise,
+from model import (T, T_STAR, S, Denoiser, ModelConfig, add_noise, alpha_bar, denoise,
                    denormalise, lambda_t, load_checkpoint, load_network, normalise,
                    splats_to_gaussians, write_atomically)
 from rasterize import (ALPHA_MAX, C0, C1, LOW_PASS, NEAR, Camera, Gaussians, benchmark_scene,
                        invert_pose, matrix_to_quat, quat_to_matrix, render, transform)
-from teacher import Teacher, splat_statistics
+from teacher import Teacher, load_splatter_image, splat_statistics
 
 HERE = Path(__file__).resolve().parent
 SHARED = HERE.parent / "shared" / "data"
@@ -1252,23 +1252,54 @@ def test_a_warm_start_is_the_teacher_whatever_the_noise():
 @pytest.mark.skipif(not (SHARED / "splatter_image_golden_w32.pt").exists(), reason="no golden here")
 def test_the_network_is_splatter_images():
     """Against outputs recorded from its official code: raw channels, and Gaussians in the world."""
-    golden = torch.load(SHARED / "splatter_image_golden_w32.pt", weights_only=True)
-    unet, prefix = UNet(ModelConfig(width=32)), "network_with_offset."
-    rename = lambda k: k[len(prefix):].replace("encoder.", "").replace("dec.128x128_aux", "aux")
-    unet.load_state_dict({rename(k): v for k, v in golden["model_state_dict"].items()
-                          if k.startswith(prefix) and "filter" not in k})
+    path = SHARED / "splatter_image_golden_w32.pt"
+    golden, teacher = torch.load(path, weights_only=True), load_splatter_image(path, 0.8, 1.8)
+    assert teacher.cfg == ModelConfig(width=32)
     with torch.no_grad():
-        raw = unet(golden["image"])
+        raw = teacher(golden["image"][:, None])
     assert torch.allclose(raw, golden["raw"], atol=2e-4)
     pose, truth = golden["posed_view_to_world"][:, 0].mT, golden["posed"]
     K = torch.tensor([[131.25, 131.25, 64, 64]]).expand(2, 4)
-    g = transform(splats_to_gaussians(raw, K, 0.8, 1.8), pose)
+    g = transform(teacher.gaussians(raw, K), pose)
     g = Gaussians(*[x[:, golden["index"]] for x in g])
     quat = g.quat * (g.quat * truth["rotation"]).sum(-1, keepdim=True).sign()
     sh = torch.cat([truth["features_dc"], truth["features_rest"]], 2)
     for mine, theirs in [(g.xyz, truth["xyz"]), (g.scale, truth["scaling"]), (g.sh, sh),
                          (quat, truth["rotation"]), (g.opacity, truth["opacity"][..., 0])]:
         assert torch.allclose(mine, theirs, atol=2e-4)
+
+
+def released(unet, path):
+    """Writes the U-Net as Splatter Image's authors do: their names, their constants."""
+    size = max(int(k.split(".")[1].split("x")[0]) for k in unet.state_dict() if k[:4] == "enc.")
+    state = dict(ray_dirs=torch.ones(1, 3, size, size))
+    for k, x in unet.state_dict().items():
+        k = k if k.startswith("out.") else "encoder." + k.replace("aux", f"dec.{size}x{size}_aux")
+        k = "network_with_offset." + k
+        state[k] = x
+        if k.endswith(("up.skip.weight", "down.skip.weight")):
+            state[k.replace("weight", "resample_filter")] = torch.ones(2, 2)
+    torch.save(dict(model_state_dict=state, iteration=7), path)
+    return state
+
+
+def test_released_weights_are_read_and_what_does_not_fit_is_named(tmp_path):
+    """Against the network they were written from; then a file with each kind of flaw."""
+    path, cfg = tmp_path / "model_cars.pth", ModelConfig(16, 8, (1, 2), 2, 8)
+    mine = Teacher(cfg)
+    state = released(mine.unet, path)
+    theirs = load_splatter_image(path, 0.8, 1.8)
+    assert theirs.cfg == cfg and all(map(torch.equal, mine.parameters(), theirs.parameters()))
+    state["network_with_offset.new"] = torch.ones(1)
+    state["network_with_offset.out.bias"] = torch.ones(21)
+    del state["network_with_offset.encoder.dec.8x8_in0.norm2.weight"]
+    named = r"in0.norm2.weight is missing; new is unknown; out.bias is \[21\], not \[24\]"
+    for flawed, said in [(dict(model_state_dict=state), named),
+                         (dict(model_state_dict={"a": torch.ones(1)}), "no first convolution"),
+                         (dict(state=state), "has no model_state_dict")]:
+        torch.save(flawed, path)
+        with pytest.raises(SystemExit, match=said):
+            load_splatter_image(path, 0.8, 1.8)
 
 
 # ---- train.py ------------------------------------------------------------------------------------
@@ -1429,6 +1460,24 @@ def test_interrupted_training_goes_on_bitwise(trained, cars, tmp_path):
     assert [strip(json.loads(r)) for r in logs[0]] == [strip(json.loads(r)) for r in logs[1]]
     rows = [json.loads((d / "results.json").read_text())["table"] for d in (out, tmp_path)]
     assert all(rows[0][k]["psnr_novel"] == rows[1][k]["psnr_novel"] for k in rows[0])
+
+
+def test_released_weights_take_the_place_of_stage_0(cars, tmp_path):
+    """Against the two stages and the table, with a student of another shape; the teacher's row is
+    there before any training, with --eval_only."""
+    torch.manual_seed(0)
+    released(Teacher(ModelConfig(16, 16, (1, 2), 1, 8)).unet, tmp_path / "model_cars.pth")
+    flags = [*SMALL, f"--root={cars}", f"--out={tmp_path}", f"--teacher={tmp_path}/model_cars.pth"]
+    rows = lambda: json.loads((tmp_path / "results.json").read_text())["table"]
+    script("train", *flags, "--eval_only")
+    before = rows()
+    assert list(before) == ["mean image", "teacher"]
+    assert "no warm start" in script("train", *flags)
+    assert rows()["teacher"] == before["teacher"] and "stage 2" in rows()
+    log = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines()[1:])
+    assert {r["stage"] for r in log} == {1, 2}
+    said = script("train", *flags, "--size=32", f"--out={tmp_path}/other", ok=False)
+    assert "is for 16 pixels" in said
 
 
 def test_two_processes_train_like_one_and_one_goes_on(trained, cars, tmp_path):

@@ -45,7 +45,7 @@ from model import (STEPS, T, T_STAR, WEIGHTINGS, Denoiser, ModelConfig, S, add_n
                    save_network, write_atomically)
 from rasterize import (C0, Camera, Gaussians, benchmark_scene, gsplat, invert_pose, milliseconds,
                        render)
-from teacher import Teacher, splat_statistics
+from teacher import Teacher, load_splatter_image, splat_statistics
 
 
 @dataclass
@@ -56,6 +56,7 @@ class Config:
     out: str = ""                # results; "" is out/<dataset>
     device: str = ""             # cpu or cuda; "" takes the GPU if there is one
     seed: int = 0
+    teacher: str = ""            # a checkpoint of Splatter Image to begin with, instead of stage 0
     n_train: int = 160           # procedural cars to make, if there are no real ones
     n_test: int = 20
     data_seed: int = 0           # of the procedural cars
@@ -353,6 +354,13 @@ def device_name(device):
             else f"CPU, {torch.get_num_threads()} threads")
 
 
+def provenance(cfg, views, identity, **more):
+    """What is written beside weights: plain values."""
+    return dict(dataset=cfg.dataset, data=identity, K=views.K[0].tolist(), seed=cfg.seed,
+                background=list(views.meta["background"]), git=git_revision(),
+                device=f"{WORLD} x {device_name(cfg.device)}", **more)
+
+
 def learning_rate(step, iters, peak, warmup):
     """Linear warm-up, then half a cosine down to 0."""
     ramp = min(1.0, (step + 1) / max(1, min(warmup, iters // 2)))
@@ -546,6 +554,7 @@ def train(cfg, splits, out, identity, background):
         views = views.to(device)                                              # uint8, once
     test = splits["test"]
     state = resume(out / "resume.pt", cfg, identity)
+    state["stage"] = max(state["stage"], 1 if cfg.teacher else 0)
     meet()                                         # before anyone writes what another still reads
     log = Log(out / "log.jsonl", state["stage"], state["step"],
               dict(config=asdict(cfg), data=identity, git=git_revision()))
@@ -565,8 +574,10 @@ def train(cfg, splits, out, identity, background):
                 images = (draw_batch(views, cfg, 0, cfg.iters[0] + i, slice(None))[0][:, 0]
                           for i in range(32))
                 network.stats.copy_(splat_statistics(teacher, images))
-                if cfg.warm_start:
+                if cfg.warm_start and teacher.cfg == shape:
                     network.warm_start(teacher.unet)
+                elif cfg.warm_start and RANK == 0:
+                    print(f"no warm start: the teacher is {teacher.cfg}, the student {shape}")
             else:
                 network.load_state_dict(load_network(out / "stage_1.pt", Denoiser)[0].state_dict())
         network.to(device, memory_format=torch.channels_last)                 # convolutions like it
@@ -634,14 +645,12 @@ def train(cfg, splits, out, identity, background):
                 return False
         bar.close()
         name = ("teacher", "stage_1", "stage_2")[stage]
+        meta = provenance(cfg, views, identity, stage=stage, iters=iters,
+                          minutes=sum(state["minutes"][:stage + 1]))
         state = dict(stage=stage + 1, step=0, skipped=state["skipped"], minutes=state["minutes"],
                      config=asdict(cfg), data=identity)
         if RANK == 0:
-            save_network(out / f"{name}.pt", average, dict(
-                stage=stage, dataset=cfg.dataset, data=identity, K=views.K[0].tolist(),
-                background=list(views.meta["background"]), seed=cfg.seed, iters=iters,
-                minutes=sum(state["minutes"][:stage + 1]), git=git_revision(),
-                device=f"{WORLD} x {device_name(device)}"))
+            save_network(out / f"{name}.pt", average, meta)
             write_atomically(out / "resume.pt", lambda f: torch.save(state, f))
         meet()                                     # the next stage reads that file
         if asked:
@@ -762,6 +771,13 @@ def main():
     say(" ".join(f"{k}={v}" for k, v in asdict(cfg).items()))
     if WORLD > 1:
         say(f"{WORLD} processes; each takes {[n // WORLD for n in cfg.batch]} objects a step")
+    if cfg.teacher and not (out / "teacher.pt").exists() and RANK == 0:
+        given = load_splatter_image(cfg.teacher, meta["near"], meta["far"])
+        if given.cfg.size != cfg.size:
+            data.fail(f"{cfg.teacher} is for {given.cfg.size} pixels: give --size={given.cfg.size}")
+        save_network(out / "teacher.pt", given, provenance(
+            cfg, splits["train"], identity, stage=0, iters=0, minutes=0.0, source=cfg.teacher),
+            half=False)
     if not cfg.eval_only:
         say(f"watch {out}/preview.png; Ctrl-C saves, and the same command goes on from there")
         if not train(cfg, splits, out, identity, background):
