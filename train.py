@@ -620,9 +620,9 @@ def train(cfg, splits, out, identity, background):
             done_here += 1
             state["minutes"][stage] += (time.time() - began) / 60
             began = time.time()
-            last, asked = step == iters - 1, stop.asked or done_here == cfg.max_steps
+            last, asked = step == iters - 1, stop.asked or 0 < cfg.max_steps <= done_here
             logged = (step + 1) % cfg.log_every == 0 or last
-            if WORLD > 1:   # processes stop together
+            if WORLD > 1:   # processes stop together, where they meet anyway
                 asked = logged and float(on_all(float(asked), device)) > 0
             if logged:
                 record = {k: float(on_all(v, device)) / WORLD for k, v in losses.items()}
@@ -680,7 +680,7 @@ def by_gsplat(g, cam, background):
 
 def benchmark(cfg):
     """One table: a step of each stage, run in several ways, on random weights and images."""
-    global render
+    global render   # what the losses draw with
     cuda, shape = cfg.device.startswith("cuda"), ModelConfig(cfg.size, cfg.width, cfg.mult,
                                                              cfg.blocks, cfg.attn)
     eager, graph = dict(graph=False, compile=False), dict(graph=True, compile=False)
