@@ -377,7 +377,8 @@ def draw_batch(views, cfg, stage, step, mine=slice(RANK, None, WORLD)):
     t = torch.randint(cfg.t_star + 1 if stage == 2 else 0, T, (batch,), generator=gen)   # (B,)
     if cfg.device.startswith("cuda"):                                         # the large one there
         gen = torch.Generator(cfg.device).manual_seed(seed)
-    eps = torch.randn(batch, S, cfg.size, cfg.size, generator=gen, device=gen.device)
+    eps = torch.randn(batch, S, cfg.size, cfg.size, generator=gen,            # (B, 24, H, W)
+                      device=gen.device)
 
     def send(y, device):   # from pinned memory, or the host would wait for the copy
         if y.device.type == torch.device(device).type:
@@ -465,7 +466,7 @@ def make_step(cfg, stage, network, teacher, background):
         if WORLD > 1:
             dist.all_reduce(gradient)
             gradient.div_(WORLD)
-        norm = gradient.norm()
+        norm = gradient.norm()                                                # ()
         gradient.mul_((cfg.clip / (norm + 1e-6)).clamp(max=1))
         optimiser.found_inf = (~norm.isfinite()).float()   # 1: Adam leaves everything as it was
         optimiser.param_groups[0]["lr"].copy_(lr)
@@ -605,8 +606,9 @@ def train(cfg, splits, out, identity, background):
             print(f"stage {stage}: compiling the U-Net, a minute or two")
         bar = tqdm(range(state["step"], iters), f"stage {stage}", iters, initial=state["step"],
                    unit="step", mininterval=0.5, disable=RANK > 0)
-        levels = torch.zeros(2, T // 20 + 1, device=device)   # sum and count of losses by level;
-        began, asked = time.time(), False                     # last, the steps that were skipped
+        # (2, 6): sum and count of the losses by noise level; in the last column, skipped steps
+        levels = torch.zeros(2, T // 20 + 1, device=device)
+        began, asked = time.time(), False
         for step, batch in zip(bar, batches(views, cfg, stage, state["step"], iters)):
             lr = torch.full((), learning_rate(step, iters, peak, cfg.warmup), device=device)
             losses, per_object, norm, skipped = step_once(*batch, lr)
@@ -771,7 +773,7 @@ def main():
     say(" ".join(f"{k}={v}" for k, v in asdict(cfg).items()))
     if WORLD > 1:
         say(f"{WORLD} processes; each takes {[n // WORLD for n in cfg.batch]} objects a step")
-    if cfg.teacher and not (out / "teacher.pt").exists() and RANK == 0:
+    if cfg.teacher and not (out / "resume.pt").exists() and RANK == 0:        # nothing has begun
         given = load_splatter_image(cfg.teacher, meta["near"], meta["far"])
         if given.cfg.size != cfg.size:
             data.fail(f"{cfg.teacher} is for {given.cfg.size} pixels: give --size={given.cfg.size}")
