@@ -1,11 +1,13 @@
-"""Multi-view pictures of objects with their cameras: ShapeNet-SRN folders in, batches out.
+"""Multi-view pictures of objects with their cameras: folders in, batches out.
 
-    <root>/<dataset>/<dataset>_<split>/<object>/{intrinsics.txt, rgb/000000.png, pose/000000.txt}
+    <root>/srn_cars/cars_<split>/<object>/{intrinsics.txt, rgb/000000.png, pose/000000.txt}
+    <root>/co3d_hydrant_for_gs/<split>/<object>/{images_full, images_fg, focal_lengths}.npy
+    path/to/your/own/<object>/{transforms.json and the pictures it names, or SRN's files}
 
-`prepare` finds a dataset of that layout, packs each split's images into one memory-mapped uint8
-file, and returns its `Views`; `draw` and `gather` cut batches from them. Where there are no cars at
-all, it makes some: procedural ones, ray cast in closed form, written in the same layout and read
-by the same reader. Their two doors have independent colours, so one view cannot show both.
+`prepare` finds a dataset, packs each split's images into one memory-mapped uint8 file, and returns
+its `Views`; `draw` and `gather` cut batches from them. Where there are no cars at all, it makes
+some: procedural ones, ray cast in closed form, written in SRN's layout and read by the same
+reader. Their two doors have independent colours, so one view cannot show both.
 Nothing is downloaded, and no image is decoded in the training loop.
 
     python data.py cars                    # prepare, say what is there, draw out/cars/data.png
@@ -13,6 +15,7 @@ Nothing is downloaded, and no image is decoded in the training loop.
 import argparse
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -35,13 +38,26 @@ from tqdm import tqdm
 
 from rasterize import Camera
 
-DATASETS = {   # depth range in world units (of the splats, and of the cameras' spheres); backdrop
-    "cars":   dict(near=0.80, far=1.80, background=(1., 1., 1.)),   # cameras at radius 1.3
-    "chairs": dict(near=1.25, far=2.75, background=(1., 1., 1.)),   # cameras at radius 2.0
+# What a dataset needs to know, as Splatter Image sets it:
+#   near, far    depths that splats may have, world units; where the distance of an object differs
+#                from view to view (CO3D, one's own), they count from its middle: Views.K, column 4
+#   background   rgb
+#   source       the view of a test object that the protocol shows; all others are targets
+#   iters        steps of the teacher | start: gain, bias of its last layer; both for --paper
+ON_WHITE, ON_BLACK, SMALL = (1., 1., 1.), (0., 0., 0.), math.log(.02)
+CO3D = dict(near=-2.0, far=2.0, background=ON_BLACK, source=0, iters=900_001,
+            start=dict(opacity=(1, -2), scale=(.003, SMALL), offset=(.1, 0)))
+DATASETS = {
+    "cars": dict(near=0.80, far=1.80, background=ON_WHITE, source=64, iters=900_001,
+                 start=dict(opacity=(.001, -3), scale=(.001, SMALL), offset=(1e-6, 0))),
+    "chairs": dict(near=1.25, far=2.75, background=ON_WHITE, source=64, iters=1_000_001,
+                   start=dict(opacity=(.001, -2), scale=(.001, SMALL), offset=(1e-6, 0))),
+    "hydrants": CO3D, "teddybears": CO3D,
 }
+OWN = {**CO3D, "near": -0.5, "far": 0.5, "background": ON_WHITE}     # a folder of one's own
+EXTENT = 1.27          # world units across a picture at the object's distance, as in SRN's cars
 SOURCES = "get pixelNeRF's archive (github.com/sxyu/pixel-nerf, section \"Getting the data\")"
 SPLITS = "train", "val", "test"
-SOURCE_VIEW = 64       # of a test object's 251: the one the protocol shows; the others are targets
 VERSION = 1            # of the generator and the cache: a change of either's bytes raises it
 
 
@@ -370,7 +386,8 @@ def cameras(split, rng):
     else:
         i = np.arange(251)
         z = np.sin(np.radians(8 + 72 * i / 250))                                    # (251,)
-        azimuth = np.radians(50) + 2 * np.pi * 8 * (i - SOURCE_VIEW) / 250          # (251,)
+        turns = 8 * (i - DATASETS["cars"]["source"]) / 250                          # (251,)
+        azimuth = np.radians(50) + 2 * np.pi * turns                                # (251,)
     r = np.sqrt(1 - z ** 2)
     return [look_at_origin(p) for p in np.stack([r * np.cos(azimuth), r * np.sin(azimuth), z], 1)]
 
@@ -416,51 +433,92 @@ def generate(folder, n_train, n_test, seed, quiet):
         parallel(write_car, jobs, f"making cars in {folder}", quiet)
 
 
-# ---- reading the SRN layout ----------------------------------------------------------------------
+# ---- finding a dataset ---------------------------------------------------------------------------
 
 def find(root, dataset):
-    """-> {split: its folder}, is it procedural. The real set comes before the procedural one."""
-    root, own, real = Path(root), Path(root) / dataset, Path(root) / f"srn_{dataset}"
-    bases = [real / real.name, real, root, own, own / dataset, own / real.name]
+    """-> {split: its folder}, is it procedural. The real set comes before the procedural one.
+    A folder of one's own that is not split stands for both of its splits."""
+    root, own = Path(root), Path(root) / dataset
+    if dataset not in DATASETS:
+        folders = {split: folder for split in SPLITS for folder in (
+            *Path(dataset).glob(f"*_{split}"), Path(dataset) / split) if folder.is_dir()}
+        if "train" in folders or Path(dataset).is_dir():
+            whole = folders.get("train", Path(dataset))
+            folders = {"train": whole, "test": whole, **folders}
+        return folders, False
+    if DATASETS[dataset] is CO3D:
+        bases = [root / f"co3d_{dataset[:-1]}_for_gs", own]
+    else:
+        real = root / f"srn_{dataset}"
+        bases = [real / real.name, real, root, own, own / dataset, own / real.name]
     for base in sorted(bases, key=lambda base: (base / "procedural.json").exists()):
         folders = {}
         for split in SPLITS:
-            for name in (f"{dataset}_{split}", f"{dataset}_2.0_{split}", split):
-                if (base / name).is_dir() and base / name != root / split:   # that may be anyone's
-                    folders.setdefault(split, base / name)
+            a, b = f"{dataset}_{split}", f"{dataset}_2.0_{split}"
+            for folder in base / a / b, base / a, base / b, base / split:
+                if folder.is_dir() and folder != root / split:      # that may be anyone's
+                    folders.setdefault(split, folder)
         if folders:
             return folders, (base / "procedural.json").exists()
     return {}, (own / "procedural.json").exists()            # begun, but not one car made yet
 
 
 def missing(root, dataset):
+    if dataset not in DATASETS:
+        fail(f"no dataset {dataset}: give one of {', '.join(DATASETS)}, or a folder of your own: "
+             "<folder>/<object>/ with transforms.json and the pictures it names, or with "
+             "intrinsics.txt, rgb/*.png and pose/*.txt")
+    if DATASETS[dataset] is CO3D:
+        fail(f"no {dataset} in {root}: expected {root}/co3d_{dataset[:-1]}_for_gs/{{train,test}}/"
+             "<object>/{images_full,images_fg,focal_lengths}.npy and, beside the objects, "
+             f"camera_{{Rs,Ts}}.npz; get the {dataset} of CO3D v2 (github.com/facebookresearch/"
+             "co3d; CC BY-NC 4.0; its pages tell the size) and preprocess them as Splatter Image "
+             "does (github.com/szymanowiczs/splatter-image)")
+    size = {"cars": "2,458 x 50 + 704 x 251", "chairs": "4,612 x 50 + 1,317 x 251"}[dataset]
     fail(f"no {dataset} in {root}: expected {root}/srn_{dataset}/{dataset}_{{train,test}}/<object>/"
-         f"{{intrinsics.txt, rgb/*.png, pose/*.txt}}; {SOURCES} and unpack srn_{dataset}.zip there")
+         f"{{intrinsics.txt, rgb/*.png, pose/*.txt}}; {SOURCES}, {size} pictures under ShapeNet's "
+         f"terms (research only), and unpack srn_{dataset}.zip there")
 
 
-def scan(folder):
-    """One pass over a split's files -> {object: its views' names}, and a stamp of all names, sizes
-    and times, by which a packed file is known to be out of date."""
+def scan(folder, split, alone=True):
+    """One pass over a split's files -> {object: its pictures' names}, and a stamp of all names,
+    sizes and times, by which a packed file is known to be out of date.
+
+    alone: the folder holds one split. Else every tenth object is for testing, and a single one for
+    both. Left out are objects named in skip.txt, and those whose cameras are not finite.
+    """
+    skip = Path(folder) / "skip.txt"
+    skip = skip.read_text().split() if skip.exists() else []
+    items = sorted(e.path for e in os.scandir(folder) if e.is_dir() and e.name[0] != ".")
+    items = [item for item in items if os.path.basename(item) not in skip]
+    if layout(folder, split):                                           # itself an object
+        items = [str(folder)]
+    elif not alone:
+        items = [item for item in items if layout(item, split)]         # there may be others
+        test = items[9::10] or items[-1:]
+        if len(items) > 1:
+            items = test if split == "test" else [item for item in items if item not in test]
     objects, stamp = {}, hashlib.sha256()
-    for item in sorted(e.path for e in os.scandir(folder) if e.is_dir() and e.name[0] != "."):
-        stems = []                                             # of intrinsics, of rgb, of pose
-        for kind, end in (("", "intrinsics.txt"), ("rgb", ".png"), ("pose", ".txt")):
-            path = os.path.join(item, kind)
-            files = sorted((e.name, (stat := e.stat()).st_size, stat.st_mtime_ns)
-                           for e in os.scandir(path) if e.name.endswith(end)
-                           ) if os.path.isdir(path) else []
-            if not files:
-                fail(f"{path}: no {end} in it; an object has intrinsics.txt, rgb/*.png and "
-                     "pose/*.txt: unpack it again or remove it")
-            stamp.update(repr((os.path.basename(item), files)).encode())
-            stems.append([name[:-4] for name, _, _ in files])
-        for odd in sorted(set(stems[1]) ^ set(stems[2])):
-            fail(f"{item}: of rgb/{odd}.png and pose/{odd}.txt there is only one; "
-                 "unpack it again or remove it")
-        objects[item] = stems[1]
+    for item in items:
+        pictures, files = (layout(item, split) or LAYOUTS["intrinsics.txt"])[0](item, split)
+        stamp.update(repr((os.path.basename(item), files)).encode())
+        if pictures:
+            objects[item] = pictures
     if not objects:
         fail(f"{folder}: no objects in it; unpack the split again or remove the empty folder")
     return objects, stamp.hexdigest()[:12]
+
+
+# ---- reading cameras and pictures ----------------------------------------------------------------
+# Three layouts, two functions each. list_*: an object's pictures, and (name, size, time) of all its
+# files, from a look at the folder alone. read_*: its cameras, c2w (V, 4, 4) as in OpenCV and K
+# (V, 4 or 5): fx fy cx cy as fractions of the picture's side, so that they hold at any size, and
+# in CO3D the depth of the object's middle; and its square pictures, (side, side, 3) uint8 each,
+# one after the other.
+
+def stat(path):
+    info = os.stat(path)
+    return os.path.basename(path), info.st_size, info.st_mtime_ns
 
 
 def numbers(path, what):
@@ -474,24 +532,13 @@ def numbers(path, what):
     return values
 
 
-def read_intrinsics(path, size):
-    """f cx cy 0 / ... / height width -> (4,) fx fy cx cy in pixels of a `size` image."""
-    layout = "intrinsics, `f cx cy 0.` first and `height width` last"
-    values = numbers(path, layout)
-    (f, cx, cy), (h, w) = (values[:3], values[-2:]) if len(values) > 5 else ((0, 0, 0), (0, 0))
-    if min(f, h, w) <= 0 or not (0 <= cx <= w and 0 <= cy <= h):
-        fail(f"{path}: not {layout}, that fit together; unpack the object again or remove it")
-    return np.array([f / w, f / h, cx / w, cy / h]) * size
-
-
-def read_pose(path):
-    """16 numbers, row-major -> (4, 4) camera-to-world, OpenCV axes."""
-    layout = "a pose: a rigid 4 x 4 camera-to-world of 16 numbers, the last row 0 0 0 1"
-    m = numbers(path, layout)                                                # (16,)
-    m = m.reshape(4, 4) if len(m) == 16 else np.zeros((4, 4))
+def rigid(m, path, what):
+    """m (16,) or (4, 4), if it is a rigid motion -> (4, 4)."""
+    m = np.reshape(m, (4, 4)) if np.size(m) == 16 else np.zeros((4, 4))
     R = m[:3, :3]
     if abs(R @ R.T - np.eye(3)).max() > 1e-3 or np.linalg.det(R) < 0 or any(m[3] != [0, 0, 0, 1]):
-        fail(f"{path}: not {layout}; unpack the object again or remove it")
+        fail(f"{path}: not {what}: a rigid 4 x 4 camera-to-world of 16 numbers, the last row 0 0 0 "
+             "1; unpack the object again or remove it")
     return m
 
 
@@ -520,27 +567,229 @@ def resize(pixels, size):
     return np.array(Image.fromarray(pixels).resize((size, size), filtering))
 
 
-def read_image(path, size, background):
-    """-> (3, size, size) uint8 on the background, and the side it had in the file."""
-    pixels = read_picture(path, background)                                  # (h, w, 3)
-    side = len(pixels)
-    if pixels.shape[1] != side:
-        fail(f"{path}: {pixels.shape[1]} x {side} is not square; crop it and adapt intrinsics.txt")
-    return resize(pixels, size).transpose(2, 0, 1), side
+def list_srn(folder, split):
+    files, stems = [], []                                      # of intrinsics, of rgb, of pose
+    for kind, end in (("", "intrinsics.txt"), ("rgb", ".png"), ("pose", ".txt")):
+        path = os.path.join(folder, kind)
+        own = sorted((e.name, (s := e.stat()).st_size, s.st_mtime_ns) for e in os.scandir(path)
+                     if e.name.endswith(end)) if os.path.isdir(path) else []
+        if not own:
+            fail(f"{path}: no {end} in it; an object has intrinsics.txt, rgb/*.png and "
+                 "pose/*.txt: unpack it again or remove it")
+        files += own
+        stems.append([name[:-4] for name, _, _ in own])
+    for odd in sorted(set(stems[1]) ^ set(stems[2])):
+        fail(f"{folder}: of rgb/{odd}.png and pose/{odd}.txt there is only one; "
+             "unpack it again or remove it")
+    return stems[1], files
+
+
+def read_srn(folder, split, names, background):
+    """intrinsics.txt: f cx cy 0 / ... / height width. pose/*.txt: camera-to-world, row-major."""
+    path, what = folder / "intrinsics.txt", "intrinsics, `f cx cy 0.` first and `height width` last"
+    values = numbers(path, what)
+    (f, cx, cy), (h, w) = (values[:3], values[-2:]) if len(values) > 5 else ((0, 0, 0), (0, 0))
+    if min(f, h, w) <= 0 or not (0 <= cx <= w and 0 <= cy <= h):
+        fail(f"{path}: not {what}, that fit together; unpack the object again or remove it")
+    K = np.tile([f / w, f / h, cx / w, cy / h], (len(names), 1))             # (V, 4)
+    poses = [folder / "pose" / f"{name}.txt" for name in names]
+    c2w = np.stack([rigid(numbers(p, "a pose"), p, "a pose") for p in poses])         # (V, 4, 4)
+
+    def pictures():
+        side = 0
+        for name in names:
+            picture = folder / "rgb" / f"{name}.png"
+            pixels = read_picture(picture, background)                       # (h, w, 3)
+            h, w, _ = pixels.shape
+            side = side or w
+            if (h, w) != (side, side):
+                fail(f"{picture}: {w} x {h} pixels, the object's first picture is {side} wide; all "
+                     "must be squares of one size: resize it, or remove the object")
+            yield pixels
+    return c2w, K, pictures()
+
+
+def transforms(folder, split):
+    """The path and the contents of an object's transforms.json."""
+    path = Path(folder) / f"transforms_{split}.json"
+    path = path if path.exists() else path.with_name("transforms.json")
+    try:
+        about = json.loads(path.read_text())
+        frames = [dict(about, **frame) for frame in about["frames"]]         # may override all
+        frames = [(str(frame["file_path"]), frame) for frame in frames]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        fail(f"{path}: not NeRF's transforms, a list `frames` with file_path and transform_matrix "
+             f"({type(e).__name__}: {e}); write it again")
+    bent = [k for _, f in frames for k in ("k1", "k2", "k3", "p1", "p2") if f.get(k)]
+    if bent:
+        fail(f"{path}: its lens distorts ({bent[0]}), a pinhole camera is needed; undistort the "
+             "pictures (colmap image_undistorter), or set it to 0 to do without")
+    return path, frames
+
+
+def list_nerf(folder, split):
+    path, frames = transforms(folder, split)
+    pictures = []
+    for name, _ in frames:
+        found = [p for end in ("", ".png", ".jpg", ".jpeg") if (p := path.parent / (name + end))
+                 .is_file()]
+        if not found:
+            fail(f"{path.parent / name}: not there, but {path} names it; copy it again, or take it "
+                 "out of the list")
+        pictures.append(str(found[0]))
+    if not pictures:
+        fail(f"{path}: no frames in it; remove it, or write it again")
+    return pictures, [stat(path), *map(stat, pictures)]
+
+
+def read_nerf(folder, split, names, background):
+    """transforms.json as NeRF, Blender and nerfstudio write it: camera-to-world with OpenGL's axes
+    (y up, z backward), focal lengths as fl_x, fl_y in pixels or as the angle camera_angle_x."""
+    path, frames = transforms(folder, split)
+    K, c2w = [], []
+    for (_, frame), name in zip(frames, names):
+        try:
+            with Image.open(name) as image:
+                w, h = image.size
+            scale = [w / frame.get("w", w), h / frame.get("h", h)]           # of pictures resized
+            if "fl_x" in frame:
+                fx = frame["fl_x"] * scale[0]
+                fy = frame.get("fl_y", frame["fl_x"]) * scale[1]
+            else:
+                fx = fy = w / 2 / math.tan(frame["camera_angle_x"] / 2)
+            cx = frame["cx"] * scale[0] if "cx" in frame else w / 2
+            cy = frame["cy"] * scale[1] if "cy" in frame else h / 2
+            matrix = np.array(frame["transform_matrix"], np.float64)         # (4, 4) or (3, 4)
+            matrix = np.vstack([matrix[:3], [0, 0, 0, 1]])
+        except (KeyError, TypeError, ValueError, ZeroDivisionError, OSError) as e:
+            fail(f"{path}: the camera of {name}: {type(e).__name__}: {e}; it needs "
+                 "transform_matrix, and fl_x or camera_angle_x")
+        side = max(w, h)                                       # padded, the picture in the middle
+        K.append(np.array([fx, fy, cx + (side - w) // 2, cy + (side - h) // 2]) / side)
+        c2w.append(rigid(matrix, f"{path}: {name}", "a pose") * [1, -1, -1, 1])
+    if not (np.isfinite(K).all() and np.min(K, 0)[:2].min() > 0):
+        fail(f"{path}: a focal length that is not a positive number; write it again")
+    return np.stack(c2w), np.stack(K), (pad(read_picture(n, background), background) for n in names)
+
+
+def pad(pixels, background):
+    """(h, w, 3) uint8 -> (side, side, 3), the picture in the middle of the background."""
+    h, w, _ = pixels.shape
+    side = max(h, w)
+    canvas = np.full((side, side, 3), [round(255 * c) for c in background], np.uint8)
+    top, left = (side - h) // 2, (side - w) // 2
+    canvas[top: top + h, left: left + w] = pixels
+    return canvas
+
+
+def co3d_cameras(folder):
+    """R (V, 3, 3), T (V, 3) and focal lengths (V, 2) of one sequence, as PyTorch3D has them."""
+    try:
+        R, T = (np.load(folder.parent / f"camera_{x}.npz")[folder.name] for x in ("Rs", "Ts"))
+        f = np.load(folder / "focal_lengths.npy")
+        R, V = R.reshape(-1, 3, 3), len(R)
+        return R, T.reshape(V, 3), np.broadcast_to(f.reshape(V, -1), (V, 2))
+    except (OSError, KeyError, ValueError, EOFError) as e:
+        fail(f"{folder}: its cameras cannot be read ({e}); {folder.parent}/camera_Rs.npz and "
+             "camera_Ts.npz need an entry for it: preprocess again, or name it in skip.txt")
+
+
+def list_co3d(folder, split):
+    folder = Path(folder)
+    files = [folder / name for name in ("images_full.npy", "images_fg.npy", "focal_lengths.npy")]
+    cameras = co3d_cameras(folder)
+    for path in files:
+        if not path.exists():
+            fail(f"{path}: not there; preprocess the sequence again or name it in skip.txt")
+    finite = all(np.isfinite(x).all() for x in cameras)
+    return [f"{v:06d}" for v in range(len(cameras[0]) * finite)], [
+        *map(stat, files), stat(folder.parent / "camera_Rs.npz")]
+
+
+def read_co3d(folder, split, names, background):
+    """As Splatter Image preprocesses CO3D: pictures and masks (V, c, S, S) in [0, 1] or as uint8;
+    PyTorch3D's cameras, x_cam = x R + T with x left and y up, focal 1 for half a picture."""
+    R, T, f = co3d_cameras(folder)
+    c2w = np.tile(np.eye(4), (len(R), 1, 1))                                 # (V, 4, 4)
+    c2w[:, :3, :3] = R * [-1, -1, 1]                           # to OpenCV's axes
+    c2w[:, :3, 3] = -(R @ T[:, :, None])[:, :, 0]
+    K = np.concatenate([f / 2, np.full_like(f, .5), T[:, 2:]], 1)            # (V, 5)
+    for m in c2w:
+        rigid(m, folder.parent / "camera_Rs.npz", f"a pose of {folder.name}")
+
+    def load(name, channels):
+        path = folder / name
+        try:
+            x = np.load(path, mmap_mode="r")                                 # (V, c, S, S)
+        except (OSError, ValueError, EOFError) as e:
+            fail(f"{path}: not an array ({e}); preprocess the sequence again")
+        if x.ndim != 4 or x.shape[0] != len(R) or x.shape[1] not in channels:
+            fail(f"{path}: of shape {x.shape}, not ({len(R)}, {channels[0]}, S, S); preprocess the "
+                 "sequence again")
+        return x, 255 if x.dtype == np.uint8 else 1
+    (rgb, top), (mask, opaque) = load("images_full.npy", [3]), load("images_fg.npy", [1, 3])
+
+    def pictures():
+        for x, m in zip(rgb, mask):
+            x, m = x.astype(np.float32) / top, m.astype(np.float32) / opaque           # (c, S, S)
+            # three channels: the picture, masked already
+            x = m if len(m) == 3 else m * x + (1 - m) * np.float32(background)[:, None, None]
+            yield (255 * x.clip(0, 1) + .5).astype(np.uint8).transpose(1, 2, 0)
+    return c2w, K, pictures()
+
+
+LAYOUTS = {   # by the file that only its objects have
+    "transforms_{split}.json": (list_nerf, read_nerf),
+    "transforms.json": (list_nerf, read_nerf),
+    "focal_lengths.npy": (list_co3d, read_co3d),
+    "intrinsics.txt": (list_srn, read_srn),
+}
+
+
+def layout(folder, split):
+    """The two functions for what this folder holds, or None if it is no object."""
+    names = (name for name in LAYOUTS
+             if os.path.exists(os.path.join(folder, name.format(split=split))))
+    return LAYOUTS.get(next(names, None))
+
+
+def centred(c2w, K, folder):
+    """Of one's own pictures nobody knows where the object is, nor how large: take its middle to be
+    where the optical axes meet, and EXTENT to be what a picture shows there.
+    -> c2w (V, 4, 4), K (V, 5): the middle's depth is the last."""
+    axis, eye = c2w[:, :3, 2], c2w[:, :3, 3]                                 # (V, 3) each
+    across = np.eye(3) - axis[:, :, None] * axis[:, None]                    # (V, 3, 3)
+    if np.linalg.eigvalsh(across.mean(0))[0] < 1e-3:
+        fail(f"{folder}: its cameras all look the same way; pictures of an object from several "
+             "sides are needed")
+    middle = np.linalg.solve(across.sum(0), (across @ eye[:, :, None]).sum(0))[:, 0]    # (3,)
+    depth = ((middle - eye) * axis).sum(1)                                   # (V,)
+    if depth.min() <= 0:
+        fail(f"{folder}: camera {depth.argmin()} looks away from where the others look; are "
+             "the poses camera-to-world, with OpenGL's axes in transforms.json?")
+    scale = EXTENT / (depth / K[:, 0]).mean()
+    c2w = c2w.copy()
+    c2w[:, :3, 3] = (eye - middle) * scale
+    return c2w, np.c_[K, depth * scale]
 
 
 def read_object(job):
-    """Read one object, write its images into the packed file -> poses, K, checksum, sides."""
-    folder, names, size, background, packed, offset = job
+    """Read one object, write its pictures into the packed file -> c2w, K in pixels, checksum."""
+    folder, names, split, own, size, background, packed, offset = job
     folder = Path(folder)
-    K = read_intrinsics(folder / "intrinsics.txt", size)                     # (4,)
-    c2w = np.stack([read_pose(folder / "pose" / f"{n}.txt") for n in names])          # (V, 4, 4)
-    images, sides = zip(*[read_image(folder / "rgb" / f"{n}.png", size, background) for n in names])
-    raw = np.stack(images).tobytes()                                         # V x 3 x size x size
+    read = (layout(folder, split) or LAYOUTS["intrinsics.txt"])[1]
+    c2w, K, pictures = read(folder, split, names, background)
+    check = zlib.crc32(c2w.tobytes())
+    if own and K.shape[1] == 4:
+        c2w, K = centred(c2w, K, folder)
     with writing(packed), open(packed, "r+b") as file:
         file.seek(offset)
-        file.write(raw)
-    return c2w.astype(np.float32), K.astype(np.float32), zlib.crc32(raw, zlib.crc32(c2w)), sides
+        for pixels in pictures:
+            raw = resize(pixels, size).transpose(2, 0, 1).tobytes()          # 3 x size x size
+            check = zlib.crc32(raw, check)
+            file.write(raw)
+    K[:, :4] *= size                                                         # pixels
+    return c2w.astype(np.float32), K.astype(np.float32), check
 
 
 # ---- one packed file per split and size ----------------------------------------------------------
@@ -550,10 +799,10 @@ class Views:
     """One split, everything a batch is cut from: M views of O objects."""
     images: torch.Tensor   # (M, 3, S, S) uint8, memory-mapped
     c2w: torch.Tensor      # (M, 4, 4) camera-to-world, OpenCV
-    K: torch.Tensor        # (M, 4) fx fy cx cy in pixels
+    K: torch.Tensor        # (M, 4) fx fy cx cy in pixels; (M, 5): and the depth of the object
     start: torch.Tensor    # (O+1,) int64, stays on the CPU: object o owns views start[o]:start[o+1]
     names: list            # O instance names
-    meta: dict             # dataset split size near far background procedural fingerprint root
+    meta: dict             # a line of DATASETS, and dataset split size procedural fingerprint root
 
     def __len__(self):
         return len(self.names)
@@ -563,7 +812,7 @@ class Views:
                        K=self.K.to(device))
 
 
-def pack(objects, packed, index, size, background, title, quiet):
+def pack(objects, split, own, packed, index, size, background, title, quiet):
     """Read a split into two files, images and all else, which appear whole or not at all."""
     count = np.array([len(names) for names in objects.values()])             # (O,)
     start = np.r_[0, count.cumsum()]                                         # (O+1,)
@@ -573,18 +822,13 @@ def pack(objects, packed, index, size, background, title, quiet):
         for old in part.parent.glob(f"{stem}*"):                 # of files that have changed since
             old.unlink()
         part.write_bytes(b"")
-    jobs = [(folder, names, size, background, part, int(first) * 3 * size ** 2)
+    jobs = [(folder, names, split, own, size, background, part, int(first) * 3 * size ** 2)
             for (folder, names), first in zip(objects.items(), start)]
-    c2w, K, checks, sides = zip(*parallel(read_object, jobs, title, quiet))
-    files = [f"{folder}/rgb/{n}.png" for folder, names in objects.items() for n in names]
-    for file, side in zip(files, np.concatenate(sides)):
-        if side != sides[0][0]:
-            fail(f"{file}: {side} pixels wide, unlike {files[0]} with {sides[0][0]}; a split has "
-                 "one size: remove the object or resize its images")
+    c2w, K, checks = zip(*parallel(read_object, jobs, title, quiet))
     with writing(packed):
         part.rename(packed)
         with open(part, "wb") as file:
-            np.savez(file, c2w=np.concatenate(c2w), K=np.repeat(K, count, 0), start=start,
+            np.savez(file, c2w=np.concatenate(c2w), K=np.concatenate(K), start=start,
                      names=[Path(folder).name for folder in objects], checks=np.array(checks))
         part.rename(index)
 
@@ -594,13 +838,19 @@ def load(root, dataset, split, size, limit=None, quiet=False):
     folders, procedural = find(root, dataset)
     if split not in folders:
         missing(root, dataset)
-    about = DATASETS[dataset]
-    objects, stamp = scan(folders[split])
-    stem = Path(root) / ".cache" / f"{dataset}_{split}_{size}_{stamp}"
+    folder, about = folders[split], DATASETS.get(dataset, OWN)
+    alone = list(folders.values()).count(folder) == 1
+    objects, stamp = scan(folder, split, alone)
+    name = dataset
+    if about is OWN:                                             # two folders may have one name
+        folder = folder.resolve()
+        name = f"{folder.name}_{zlib.crc32(str(folder).encode()):08x}"
+    stem = Path(root) / ".cache" / f"{name}_{split}_{size}_{stamp}"
     packed, index = Path(f"{stem}.u8"), Path(f"{stem}.npz")
     views = sum(map(len, objects.values()))
     if not (index.exists() and packed.exists() and packed.stat().st_size == views * 3 * size ** 2):
-        pack(objects, packed, index, size, about["background"], f"packing {folders[split]}", quiet)
+        pack(objects, split, about is OWN, packed, index, size, about["background"],
+             f"packing {folder}", quiet)
     with np.load(index, allow_pickle=False) as side:
         side = dict(side)
     start = side["start"][:limit + 1 if limit else None]                     # (O+1,)
@@ -611,15 +861,13 @@ def load(root, dataset, split, size, limit=None, quiet=False):
     return Views(*tensors, side["names"][:O].tolist(), dict(
         dataset=dataset, split=split, size=size, **about, procedural=procedural,
         fingerprint=hashlib.sha256(side["checks"][:O].tobytes()).hexdigest()[:12],
-        root=str(folders[split].parent)))
+        root=str(folder.parent)))
 
 
 def prepare(dataset, root="data", size=128, n_train=200, n_test=24, seed=0, quiet=False):
-    """-> {split: Views}, of the splits that are there. Where there are no cars, procedural ones are
-    made, and it says so; n_train, n_test and seed are theirs."""
-    if dataset not in DATASETS:
-        fail(f"unknown dataset {dataset!r}: known are {', '.join(DATASETS)}; for another, add a "
-             "line to DATASETS in data.py and lay out its files as that file's first lines say")
+    """-> {split: Views}, of the splits that are there. dataset: a name in DATASETS, or the path of
+    a folder. Where there are no cars, procedural ones are made, and it says so; n_train, n_test and
+    seed are theirs."""
     if min(size, n_train, n_test) < 1:
         fail(f"size {size}, {n_train} and {n_test} cars: each must be 1 or more")
     say = (lambda line: None) if quiet else (lambda line: print(line, flush=True))
@@ -632,7 +880,8 @@ def prepare(dataset, root="data", size=128, n_train=200, n_test=24, seed=0, quie
         folders, limits = find(root, dataset)[0], dict(train=n_train, test=n_test)
     elif folders:
         beside = "; the procedural ones beside it are not used" * (own / "procedural.json").exists()
-        say(f"data: {dataset} in {folders[min(folders)].parent}{beside}")
+        where = folders[min(folders)].parent if dataset in DATASETS else Path(dataset).resolve()
+        say(f"data: {Path(dataset).name} in {where}{beside}")
     else:
         missing(root, dataset)
     return {split: load(root, dataset, split, size, limits.get(split), quiet) for split in folders}

@@ -49,17 +49,19 @@ QUAT = slice(8, 12)
 def splats_to_gaussians(raw, K, near, far):
     """Raw splat image -> Gaussians in the frame of the camera whose pixels it covers.
 
-    raw (B, 24, H, W); K (B, 4) fx, fy, cx, cy in pixels; near, far world units.
+    raw (B, 24, H, W); K (B, 4) fx, fy, cx, cy in pixels; near, far world units, beyond column 4 of
+    K if there is one: the depth of the object's middle, of which a network cannot know.
     Gaussian n = row * W + column has centre ray(pixel) * depth + offset.
     """
     B, _, H, W = raw.shape
     depth, offset, opacity, scale, quat, dc, sh1 = raw.flatten(2).mT.split(WIDTHS, -1)  # (B, N, c)
-    fx, fy, cx, cy = K[:, :, None].unbind(1)                                  # (B, 1)
+    fx, fy, cx, cy = K[:, :4, None].unbind(1)                                 # (B, 1)
+    span, near = far - near, near + K[:, 4:].sum(1)[:, None, None]            # (B, 1, 1)
     v, u = torch.meshgrid(torch.arange(H, device=raw.device) + 0.5,
                           torch.arange(W, device=raw.device) + 0.5, indexing="ij")   # (H, W) pixels
     x, y = (u.flatten() - cx) / fx, (v.flatten() - cy) / fy                   # (B, N)
     ray = torch.stack([x, y, torch.ones_like(x)], -1)                         # (B, N, 3), z = 1
-    xyz = ray * (near + (far - near) * depth.sigmoid()) + offset              # (B, N, 3)
+    xyz = ray * (near + span * depth.sigmoid()) + offset                      # (B, N, 3)
     sh = torch.cat([dc, sh1], -1).unflatten(-1, (4, 3))                       # (B, N, 4, 3)
     return Gaussians(xyz, scale.exp(), F.normalize(quat, dim=-1), opacity[..., 0].sigmoid(), sh)
 
@@ -188,12 +190,18 @@ class UNet(nn.Module):
         self.aux_norm = group_norm(c)
         self.aux_conv = xavier(nn.Conv2d(c, S, 3, padding=1), 0.2)
         self.out = nn.Conv2d(S, S, 1)
-        rows = zip(self.out.weight.split(WIDTHS), self.out.bias.split(WIDTHS), SPLAT.values())
-        with torch.no_grad():
-            for weight, bias, (_, gain, value) in rows:
-                nn.init.xavier_uniform_(weight, gain)
-                bias.fill_(value)
-            self.out.bias[5:8] += math.log(128 / cfg.size)                    # 1 pixel at any size
+        self.start(cfg.size)
+
+    @torch.no_grad()
+    def start(self, size, **rows):
+        """Draw the last layer: gains and biases of SPLAT, but for `rows`, name=(gain, bias)."""
+        parts = zip(SPLAT.items(), self.out.weight.split(WIDTHS), self.out.bias.split(WIDTHS))
+        for (name, (_, *row)), weight, bias in parts:
+            gain, value = rows.get(name, row)
+            nn.init.xavier_uniform_(weight, gain)
+            bias.fill_(value)
+        if "scale" not in rows:
+            self.out.bias[5:8] += math.log(128 / size)                        # 1 pixel at any size
 
     def forward(self, x, t=None):
         with torch.autocast(x.device.type, torch.bfloat16, self.bf16, cache_enabled=False):

@@ -58,7 +58,7 @@ class Gaussians(NamedTuple):
 class Camera(NamedTuple):
     """V pinhole cameras per object."""
     w2c: Tensor        # (B, V, 4, 4) world to camera, rigid, acting on column vectors
-    K: Tensor          # (B, V, 4) fx, fy, cx, cy in pixels
+    K: Tensor          # (B, V, 4) fx, fy, cx, cy in pixels; `render` ignores further columns
     hw: tuple          # (H, W) pixels
 
     def to(self, *args):
@@ -138,7 +138,7 @@ class Splats(NamedTuple):
 def project(g, cam):
     """Gaussians (B, V or 1, N, ..) -> Splats. First-order (EWA) projection, Zwicker et al. 2001."""
     W, t = cam.w2c[..., None, :3, :3], cam.w2c[..., None, :3, 3]             # (B,V,1,3,3), (..,3)
-    fx, fy, cx, cy = cam.K[..., None, :].unbind(-1)                           # (B, V, 1) pixels
+    fx, fy, cx, cy = cam.K[..., None, :4].unbind(-1)                          # (B, V, 1) pixels
     h, w = cam.hw
     x, y, z = ((W @ g.xyz[..., None])[..., 0] + t).unbind(-1)                 # (B, V, N) camera
     u, v = x / z, y / z                                                       # (B, V, N)
@@ -369,6 +369,7 @@ def draw(g, cam, background, near, backend):
     """`render` itself."""
     device = g.xyz.device
     (B, N), V, k = g.xyz.shape[:2], cam.w2c.shape[1], g.sh.shape[2]
+    cam = cam._replace(K=cam.K[..., :4])
     inputs = (*g, cam.w2c, cam.K)
     want = [(B, N, 3), (B, N, 3), (B, N, 4), (B, N), (B, N, k, 3), (B, V, 4, 4), (B, V, 4)]
     fit = [x.shape for x in inputs] == want and {x.device for x in inputs} == {device}
@@ -454,7 +455,7 @@ def gsplat(g, cam, background, tile):
     from gsplat import rasterization
     K = torch.eye(3, device=cam.K.device).repeat(*cam.K.shape[:2], 1, 1)      # (B, V, 3, 3)
     K[..., 0, 0], K[..., 1, 1] = cam.K[..., 0], cam.K[..., 1]
-    K[..., :2, 2] = cam.K[..., 2:]
+    K[..., :2, 2] = cam.K[..., 2:4]
     rgb, alpha, _ = rasterization(
         g.xyz, g.quat, g.scale, g.opacity, g.sh, cam.w2c, K, cam.hw[1], cam.hw[0],
         near_plane=NEAR, packed=False, tile_size=tile,

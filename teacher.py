@@ -10,7 +10,8 @@ import re
 import torch
 from torch import nn
 
-from model import ModelConfig, S, UNet, canonical, load_checkpoint, splats_to_gaussians
+from model import (ModelConfig, S, UNet, canonical, load_checkpoint, load_network,
+                   splats_to_gaussians)
 
 
 class Teacher(nn.Module):
@@ -42,6 +43,13 @@ def splat_statistics(teacher, batches):
     mean = total / count
     std = (square / count - mean ** 2).clamp(min=1e-6).sqrt()                # at least 0.001
     return torch.stack([mean, std]).float()
+
+
+def load_teacher(path, near, far):
+    """teacher.pt as train.py leaves it, or a checkpoint of Splatter Image -> Teacher."""
+    if "network" in load_checkpoint(path, []):
+        return load_network(path, Teacher)[0]
+    return load_splatter_image(path, near, far)
 
 
 # ---- Splatter Image's released weights -----------------------------------------------------------

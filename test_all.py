@@ -883,7 +883,7 @@ def copy_of(root, to):
 def project(w2c, K, xyz):
     """(V, 4, 4), (V, 4), (N, 3) -> (V, N, 2) pixels."""
     p = xyz @ w2c[:, :3, :3].mT + w2c[:, None, :3, 3]
-    return p[..., :2] / p[..., 2:] * K[:, None, :2] + K[:, None, 2:]
+    return p[..., :2] / p[..., 2:] * K[:, None, :2] + K[:, None, 2:4]
 
 
 def hull_agreement(views, o, masks, grid=96):
@@ -942,23 +942,156 @@ def test_the_source_view_of_a_batch_is_exactly_the_identity(cars):
     assert torch.equal(x[2, 3], views.images[index[2, 3]].float() / 255)
 
 
+def picture_of_a_box(xyz, c2w, K, S):
+    """(S, S, 4) uint8: a tiny red box at xyz, ray cast; red is seen on white and on black."""
+    box = data.box(*np.stack([xyz - .02, xyz + .02], 1), (0, 0, 0))
+    table = np.float32([[1, 1, 1, 0]] + [[1, 0, 0, 1]] * 6)         # background, then six faces
+    scene = data.SimpleNamespace(n=box.n, d=box.d, corners=box.corners, table=table,
+                                 first=np.array([0, 6]), first_corner=[0],
+                                 owner=np.zeros(6, int), skin=np.ones(6, bool))
+    return data.trace(scene, c2w, K, S)
+
+
+def centroid(cover):
+    """(S, S) weights -> (2,) their mean place, u and v in pixels."""
+    pixel = np.arange(len(cover)) + .5
+    return np.array([(cover.sum(0) * pixel).sum(), (cover.sum(1) * pixel).sum()]) / cover.sum()
+
+
 def test_a_known_point_lands_on_its_pixel():
     """Against the pinhole formula: tiny boxes far apart, ray cast, centred on their projections."""
-    S, c2w = 128, data.look_at_origin(np.array([.48, .6, .64]))
-    where = np.array([[.3, .1, 0], [-.3, .2, .1], [0, -.25, .2]])
-    table = np.float32([[1, 1, 1, 0]] + [[0, 0, 0, 1]] * 6)         # background, then six faces
-    for xyz in where:
-        s = data.box(*np.stack([xyz - .02, xyz + .02], 1), (0, 0, 0))
-        scene = data.SimpleNamespace(n=s.n, d=s.d, corners=s.corners, table=table,
-                                     first=np.array([0, 6]), first_corner=[0],
-                                     owner=np.zeros(6, int), skin=np.ones(6, bool))
-        alpha = data.trace(scene, c2w, (131.25, 131.25, 64, 64), S)[..., 3].astype(float)
-        pixel = np.arange(S) + .5
-        got = np.array([(alpha.sum(0) * pixel).sum(), (alpha.sum(1) * pixel).sum()]) / alpha.sum()
-        want = project(torch.from_numpy(c2w).inverse()[None],
-                       torch.tensor([[131.25, 131.25, 64, 64]]).double(),
+    K, c2w = (131.25, 131.25, 64, 64), data.look_at_origin(np.array([.48, .6, .64]))
+    for xyz in np.array([[.3, .1, 0], [-.3, .2, .1], [0, -.25, .2]]):
+        got = centroid(picture_of_a_box(xyz, c2w, K, 128)[..., 3].astype(float))
+        want = project(torch.from_numpy(c2w).inverse()[None], torch.tensor([K]).double(),
                        torch.from_numpy(xyz)[None])[0, 0]
         np.testing.assert_allclose(got, want, atol=.15)
+
+
+SIDES = np.array([[.6, 0, .8], [-.6, .64, .48], [0, -.8, .6], [.48, .6, .64], [-.8, -.36, .48]])
+
+
+def write_srn(folder, c2w, K, pictures):
+    (folder / "rgb").mkdir(parents=True)
+    (folder / "pose").mkdir()
+    S = len(pictures[0])
+    (folder / "intrinsics.txt").write_text(f"{K[0]} {K[2]} {K[3]} 0.\n0. 0. 0.\n1.\n{S} {S}\n")
+    for v, (m, picture) in enumerate(zip(c2w, pictures)):
+        Image.fromarray(picture).save(folder / f"rgb/{v:06d}.png")
+        (folder / f"pose/{v:06d}.txt").write_text(" ".join(map(str, m.ravel())))
+
+
+def write_nerf(folder, c2w, K, pictures, name="transforms.json"):
+    """As Blender and nerfstudio have it: OpenGL's axes. All but the first picture lose 16 columns
+    on the left, so that they are not square and their principal point is not in the middle."""
+    folder.mkdir(parents=True, exist_ok=True)
+    frames = []
+    for v, (m, picture) in enumerate(zip(c2w, pictures)):
+        left, (h, w, _) = 16 * (v > 0), picture.shape
+        Image.fromarray(picture[:, left:]).save(folder / f"r_{v}.png")
+        frame = dict(file_path=f"./r_{v}", transform_matrix=(m * [1, -1, -1, 1]).tolist())
+        angle = dict(camera_angle_x=2 * np.arctan(w / 2 / K[0]))    # of a picture left whole
+        lens = dict(fl_x=K[0], fl_y=K[1], cx=K[2] - left, cy=K[3], w=w - left, h=h)
+        frames.append({**frame, **(lens if left else angle)})
+    (folder / name).write_text(json.dumps(dict(k1=0.0, frames=frames)))
+
+
+def write_co3d(folder, c2w, K, pictures):
+    """As Splatter Image preprocesses CO3D: PyTorch3D's cameras, x left and y up, acting on rows."""
+    folder.mkdir(parents=True)
+    rgba = np.stack(pictures).transpose(0, 3, 1, 2) / np.float32(255)               # (V, 4, S, S)
+    np.save(folder / "images_full.npy", rgba[:, :3])
+    np.save(folder / "images_fg.npy", rgba[:, 3:])
+    focal = np.full((len(c2w), 2), 2 * K[0] / len(pictures[0]), np.float32)
+    np.save(folder / "focal_lengths.npy", focal)
+    flip = np.diag([-1, -1, 1, 1])
+    row = [(flip @ np.linalg.inv(m)).T for m in c2w]                                # (4, 4) each
+    for name, part in (("Rs", lambda m: m[:3, :3]), ("Ts", lambda m: m[3, :3])):
+        path = folder.parent / f"camera_{name}.npz"
+        old = dict(np.load(path)) if path.exists() else {}
+        np.savez(path, **old, **{folder.name: np.stack([part(m) for m in row])})
+
+
+@pytest.mark.parametrize("write, dataset, folder", [
+    (write_srn, "cars", "srn_cars/cars_train/a"),
+    (write_srn, "chairs", "srn_chairs/chairs_train/chairs_2.0_train/a"),
+    (write_srn, "own", "own/a"), (write_nerf, "own", "own/a"), (write_nerf, "own", "own"),
+    (write_co3d, "hydrants", "co3d_hydrant_for_gs/train/a"),
+    (write_co3d, "teddybears", "co3d_teddybear_for_gs/train/a")])
+def test_a_known_point_lands_on_its_pixel_in_every_layout(write, dataset, folder, tmp_path):
+    """Against the pinhole formula: a box ray cast at one size, read back at half of it."""
+    K, xyz = (131.25, 131.25, 64, 64), np.array([.2, -.1, .15])
+    c2w = np.stack([data.look_at_origin(side, 1.3 + .2 * i) for i, side in enumerate(SIDES)])
+    write(tmp_path / folder, c2w, K, [picture_of_a_box(xyz, m, K, 128) for m in c2w])
+    views = data.load(tmp_path, str(tmp_path / "own") if dataset == "own" else dataset, "train", 64,
+                      quiet=True)
+    where = views.c2w.double()
+    scale = where[0, :3, 3].norm() / 1.3                            # of one's own: as it may be
+    np.testing.assert_allclose(where[:, :3, 3], c2w[:, :3, 3] * scale.item(), atol=1e-6)
+    uv = project(where.inverse(), views.K.double(), torch.from_numpy(xyz * scale.item())[None])
+    backdrop = torch.tensor(views.meta["background"])[:, None, None]
+    cover = (views.images / 255. - backdrop).abs().mean(1).numpy()                  # (V, S, S)
+    for v in range(5):
+        np.testing.assert_allclose(centroid(cover[v]), uv[v, 0], atol=.1)
+    if views.K.shape[1] == 5:               # the depth of the middle, and of a splat without depth
+        depth = np.array([1.3, 1.5, 1.7, 1.9, 2.1]) * scale.item()
+        np.testing.assert_allclose(views.K[:, 4], depth, rtol=1e-5)
+        raw = torch.zeros(5, 24, 64, 64)
+        g = splats_to_gaussians(raw, views.K, views.meta["near"], views.meta["far"])
+        np.testing.assert_allclose(g.xyz[:, 0, 2], depth, rtol=1e-5)
+
+
+def test_pictures_of_ones_own_are_scaled_to_what_they_show(tmp_path):
+    """Against the same scene in other units and elsewhere: the same cameras come out."""
+    K, xyz = (131.25, 131.25, 64, 64), np.array([.2, -.1, .15])
+    c2w = np.stack([data.look_at_origin(side, 1.3 + .2 * i) for i, side in enumerate(SIDES)])
+    pictures = [picture_of_a_box(xyz, m, K, 128) for m in c2w]
+    far = c2w.copy()
+    far[:, :3, 3] = 40 * c2w[:, :3, 3] + [5, -3, 7]
+    write_nerf(tmp_path / "near", c2w, K, pictures)
+    write_nerf(tmp_path / "far", far, K, pictures)
+    a, b = (data.load(tmp_path, str(tmp_path / name), "test", 64) for name in ("near", "far"))
+    torch.testing.assert_close(a.c2w, b.c2w, atol=1e-5, rtol=0)
+    torch.testing.assert_close(a.K, b.K)
+    shown = (a.K[:, 4] * 64 / a.K[:, 0]).mean()                     # across, at the object
+    np.testing.assert_allclose(shown, data.EXTENT, rtol=1e-5)
+
+
+def test_pictures_of_ones_own_are_split_by_object_or_by_file(tmp_path):
+    """Against the rule: every tenth object, the last of fewer; transforms_test.json; skip.txt."""
+    K, c2w = (32, 32, 8, 8), np.stack([data.look_at_origin(side) for side in SIDES])
+    pictures = [np.full((32, 32, 4), 200, np.uint8)] * 5
+    for i in range(12):
+        write_nerf(tmp_path / f"own/{i:02d}", c2w, K, pictures)
+    (tmp_path / "own/notes").mkdir()                                # anything may lie there
+
+    def names():
+        splits = data.prepare(str(tmp_path / "own"), tmp_path, 16, quiet=True)
+        return [splits[split].names for split in ("train", "test")]
+    assert names() == [[f"{i:02d}" for i in (*range(9), 10, 11)], ["09"]]
+    (tmp_path / "own/skip.txt").write_text("00\n01 02 03\n04\n05\n")
+    assert names() == [["06", "07", "08", "09", "10"], ["11"]]
+    one = tmp_path / "one"
+    write_nerf(one, c2w, K, pictures, "transforms_train.json")
+    write_nerf(one, c2w[:3], K, pictures, "transforms_test.json")
+    splits = data.prepare(str(one), tmp_path, 16, quiet=True)
+    assert [len(splits[split].images) for split in ("train", "test")] == [5, 3]
+    with pytest.raises(SystemExit, match="no dataset .*nowhere"):
+        data.prepare(str(tmp_path / "nowhere"), tmp_path, 16, quiet=True)
+
+
+def test_sequences_without_finite_cameras_are_left_out(tmp_path):
+    """Against CO3D's: some point clouds gave cameras of NaN; the masked picture is on black."""
+    K, c2w = (32, 32, 8, 8), np.stack([data.look_at_origin(side) for side in SIDES])
+    grey = [np.full((16, 16, 4), 100, np.uint8)] * 5
+    split = tmp_path / "co3d_hydrant_for_gs/train"
+    write_co3d(split / "good", c2w, K, grey)
+    write_co3d(split / "bad", np.where(np.arange(5)[:, None, None] == 2, np.nan, c2w), K, grey)
+    views = data.load(tmp_path, "hydrants", "train", 16, quiet=True)
+    assert views.names == ["good"]
+    assert set(views.images.flatten().tolist()) == {39}                   # 100 * 100 / 255
+    np.save(split / "good/images_fg.npy", np.zeros((5, 3, 16, 16), np.float32) + .2)  # masked
+    assert set(data.load(tmp_path, "hydrants", "train", 16).images.flatten().tolist()) == {51}
 
 
 def test_silhouettes_of_a_procedural_car_agree_with_one_visual_hull(cars):
@@ -1061,7 +1194,7 @@ def test_the_packed_file_is_rebuilt_when_a_file_changes_and_never_used_half_writ
 
 def test_images_are_composited_once(tmp_path):
     """Against hand-made pixels: SRN's RGB is on white already, straight alpha is not."""
-    read = lambda name, bg: data.read_image(tmp_path / name, 2, bg)[0][:, 0, 0].tolist()
+    read = lambda name, bg: data.read_picture(tmp_path / name, bg)[0, 0].tolist()
     save = lambda name, pixel: Image.fromarray(
         np.broadcast_to(np.uint8(pixel), (2, 2, len(pixel))).copy()).save(tmp_path / name)
     save("on_white.png", (230, 155, 130, 128))

@@ -14,6 +14,7 @@ What the paper does not say is marked *ours*. Several GPUs, and what a step cost
 """
 import ast
 import functools
+import hashlib
 import importlib.util
 import inspect
 import json
@@ -45,18 +46,19 @@ from model import (STEPS, T, T_STAR, WEIGHTINGS, Denoiser, ModelConfig, S, add_n
                    save_network, write_atomically)
 from rasterize import (C0, Camera, Gaussians, benchmark_scene, gsplat, invert_pose, milliseconds,
                        render)
-from teacher import Teacher, load_splatter_image, splat_statistics
+from teacher import Teacher, load_teacher, splat_statistics
 
 
 @dataclass
 class Config:
     # what and where
-    dataset: str = "cars"        # cars or chairs
+    dataset: str = "cars"        # cars, chairs, hydrants, teddybears, or path/to/your/own
     root: str = "data"           # folder of the datasets
     out: str = ""                # results; "" is out/<dataset>
+    paper: bool = False          # sizes and numbers of the paper and of its teacher; see PAPER
     device: str = ""             # cpu or cuda; "" takes the GPU if there is one
     seed: int = 0
-    teacher: str = ""            # a checkpoint of Splatter Image to begin with, instead of stage 0
+    teacher: str = ""            # its file, a teacher.pt or Splatter Image's: there is no stage 0
     n_train: int = 160           # procedural cars to make, if there are no real ones
     n_test: int = 20
     data_seed: int = 0           # of the procedural cars
@@ -68,7 +70,7 @@ class Config:
     attn: int = 8
     warm_start: bool = True      # ours: the student begins with the teacher's weights
     # optimisation; numbers by stage: teacher, bootstrapping, multi-step
-    iters: tuple = (1200, 100, 180)   # steps
+    iters: tuple = (1200, 100, 180)   # steps; a stage of 0 is the end
     batch: tuple = (8, 8, 4)     # objects a step, over all GPUs; paper: 100 in stage 1, 10 in 2
     lr: tuple = (8e-3, 5e-4, 2e-4)    # peak learning rate of Adam
     views: int = 4               # rendered views per object, the source view among them
@@ -89,6 +91,7 @@ class Config:
     # watching
     eval_views: int = 50         # target views per test object, evenly spaced; 0 is all
     samples: int = 4             # samples that the row "mean of" averages
+    lpips: str = ""              # torchvision's vgg16-397923af.pth; without it LPIPS is not run
     log_every: int = 10          # steps
     preview_every: int = 50
     save_every: int = 50
@@ -103,9 +106,15 @@ GPU = dict(n_train=2000, n_test=200, size=128, width=64, mult=(1, 2, 2, 2), attn
            iters=(20000, 5000, 2000), batch=(32, 32, 10), lr=(5e-4, 1e-4, 5e-5), views=4,
            warmup=500, ema=0.999, steps=STEPS, eval_views=0, log_every=50,
            preview_every=500, save_every=500, bf16=True, graph=True)
+# What the paper says, and where it is silent Splatter Image: its teacher is --width=128 --blocks=4.
+# The numbers of steps of stages 1 and 2 are ours; those of stage 0 stand in data.DATASETS.
+PAPER = dict(size=128, width=96, mult=(1, 2, 2, 2), blocks=3, attn=16, warm_start=False, views=4,
+             batch=(8, 100, 10), lr=(5e-5, 1e-4, 5e-5), clip=1e9, ema=0.9999, warmup=500,
+             w_cyc=1.0, steps=STEPS, eval_views=0, checkpoint=True)
+PAPER_ITERS = 100_000, 20_000
 SESSION = {"out", "root", "device", "eval_only", "benchmark", "max_steps", "eval_views", "samples",
            "log_every", "preview_every", "save_every",             # these may change between calls
-           "graph", "compile", "checkpoint"}
+           "graph", "compile", "checkpoint", "lpips"}
 
 
 def parse(argv):
@@ -113,7 +122,7 @@ def parse(argv):
     known = {f.name: f.type for f in fields(Config)}
     given, argv = {}, list(argv)
     if "--help" in argv or "-h" in argv:
-        print(__doc__ + "\n" + inspect.getsource(Config) + f"\nOn a GPU: {GPU}")
+        print(__doc__ + "\n" + inspect.getsource(Config) + f"\nOn a GPU: {GPU}\n\nPAPER: {PAPER}")
         raise SystemExit(0)
     while argv:
         flag, eq, value = argv.pop(0).partition("=")
@@ -136,8 +145,12 @@ def parse(argv):
     device = pick_device(given.get("device"))
     if WORLD > 1 and device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-    cfg = Config(**{**(GPU if device.startswith("cuda") else {}), **given, "device": device})
-    cfg.out = cfg.out or f"out/{cfg.dataset}"
+    sizes = GPU if device.startswith("cuda") else {}
+    if given.get("paper"):
+        first = data.DATASETS.get(given.get("dataset", Config.dataset), data.OWN)["iters"]
+        sizes = {**sizes, **PAPER, "iters": (first, *PAPER_ITERS)}
+    cfg = Config(**{**sizes, **given, "device": device})
+    cfg.out = cfg.out or f"out/{Path(cfg.dataset).resolve().name}"
     least = dict(size=1, width=8, blocks=1, views=2, samples=1, steps=1, n_train=1, n_test=1,
                  log_every=1, preview_every=1, save_every=1)
     for name, value in least.items():
@@ -247,10 +260,14 @@ def ssim(x_hat, x):
     return value.flatten(1).mean(1)
 
 
+VGG = "vgg16-397923af.pth"
+
+
 def test_views(views, o, n_views):
-    """Indices of test object o: its source view (64, or the first), then evenly spaced targets."""
-    first, last = int(views.start[o]), int(views.start[o + 1])
-    source = first + data.SOURCE_VIEW if last - first > data.SOURCE_VIEW else first
+    """Indices of test object o: its source view, in want of it the first, then evenly spaced
+    targets."""
+    first, last, source = int(views.start[o]), int(views.start[o + 1]), views.meta["source"]
+    source = first + source if last - first > source else first
     targets = [i for i in range(first, last) if i != source]
     if n_views and n_views < len(targets):
         targets = [targets[i * len(targets) // n_views] for i in range(n_views)]
@@ -258,18 +275,62 @@ def test_views(views, o, n_views):
 
 
 @torch.no_grad()
-def evaluate(predict, views, cfg, title, background):
-    """Mean scores of predict(x_src, cam, object) -> images (V, 3, H, W) over the test set."""
-    scores = []
-    for o in tqdm(range(len(views)), title, leave=False, mininterval=1):
-        index = test_views(views, o, cfg.eval_views)[None]                    # (1, V)
-        x, cam = (y.to(cfg.device) for y in data.gather(views, index))
-        x_hat = predict(x[:, 0], cam, o)                                      # (V, 3, H, W)
-        p, q = psnr(x_hat, x[0]), ssim(x_hat, x[0])                           # (V,) source first
-        scores.append(torch.stack([p[1:].mean(), q[1:].mean(), p[0], q[0]]).cpu())
-    means = torch.stack(scores).mean(0).tolist()
-    names = "psnr_novel", "ssim_novel", "psnr_source", "ssim_source"
-    return {k: round(v, 4) for k, v in zip(names, means)}
+def evaluate(predict, views, cfg, title, path, about, lpips=None):
+    """Mean scores over the test set of predict(x_src, cam, object) -> images (V, 3, H, W).
+
+    path: a line for every object, behind a line `about` what was scored on what; objects that are
+    in there are not scored again.
+    """
+    scores, lines = {}, path.read_text().splitlines() if path.exists() else []
+    if lines[:1] == [json.dumps(about)]:
+        for line in lines[1:]:
+            try:
+                r = json.loads(line)
+                scores[r.pop("object")] = r
+            except ValueError:                                                # cut by a crash
+                pass
+    text = [json.dumps(about), *(json.dumps({"object": k, **r}) for k, r in scores.items()), ""]
+    write_atomically(path, lambda f: f.write("\n".join(text).encode()))
+    todo = [o for o, name in enumerate(views.names) if name not in scores]
+    with open(path, "a") as file:
+        for o in tqdm(todo, title, len(views), initial=len(scores), leave=False, mininterval=1):
+            index = test_views(views, o, cfg.eval_views)[None]                # (1, V)
+            x, cam = (y.to(cfg.device) for y in data.gather(views, index))
+            x, x_hat = x[0], predict(x[:, 0], cam, o)                         # (V, 3, H, W) each
+            seen = x.flatten(1).amax(1) > 0       # (V,) CO3D: a picture without a mask is all black
+            seen[0] = True
+            each = dict(psnr=psnr(x_hat, x), ssim=ssim(x_hat, x))             # (V,), source first
+            if lpips:
+                each["lpips"] = lpips(x_hat, x)
+            r = {f"{k}_novel": v[1:][seen[1:]].mean().item() for k, v in each.items()}
+            r |= {f"{k}_source": v[0].item() for k, v in each.items()}
+            scores[views.names[o]] = {k: round(v, 4) for k, v in r.items()}
+            file.write(json.dumps({"object": views.names[o], **scores[views.names[o]]}) + "\n")
+            file.flush()
+    return {k: round(float(np.nanmean([r[k] for r in scores.values()])), 4)
+            for k in next(iter(scores.values()))}
+
+
+def load_lpips(path, device):
+    """(V, 3, H, W) twice -> (V,): LPIPS of VGG (Zhang et al. 2018), by the package lpips.
+
+    path: torchvision's VGG, checked by the hash in its name: a random backbone gives numbers too.
+    """
+    if importlib.util.find_spec("lpips") is None or importlib.util.find_spec("torchvision") is None:
+        data.fail("--lpips needs two more packages: pip install lpips torchvision")
+    try:
+        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError as e:
+        data.fail(f"--lpips={path}: {e.strerror}; give {VGG} of torchvision's model zoo")
+    if not digest.startswith(VGG[6:14]):
+        data.fail(f"--lpips={path}: not torchvision's {VGG}, its sha256 begins with {digest[:8]}; "
+                  "download it again")
+    from lpips import LPIPS
+    net, vgg = LPIPS(net="vgg", pnet_rand=True, verbose=False), load_checkpoint(path, [])
+    net.net.load_state_dict({k: vgg["features" + k[k.index("."):]] for k in net.net.state_dict()})
+    net.to(device)
+    return lambda x_hat, x: torch.cat([net(2 * a - 1, 2 * b - 1).flatten()
+                                       for a, b in zip(x_hat.split(32), x.split(32))])
 
 
 def predictor(network, cfg, background, samples=1):
@@ -291,10 +352,21 @@ def predictor(network, cfg, background, samples=1):
 def results(cfg, splits, out, identity, background):
     """Every row of the table that can be made from what is in `out`; written to results.json."""
     views, device = splits["test"], cfg.device
+    lpips = load_lpips(cfg.lpips, device) if cfg.lpips else None
     train = splits["train"].images
-    mean = train[:: max(1, len(train) // 4096)].float().mean(0).div(255).to(device)   # (3, H, W)
-    rows = {"mean image": evaluate(lambda x, cam, o: mean.expand(cam.K.shape[1], -1, -1, -1), views,
-                                   cfg, "mean image", background)}
+    train = train[:: max(1, len(train) // 4096)]
+    mean = sum(part.float().sum(0) for part in train.split(512)) / (255 * len(train))  # (3, H, W)
+    mean = mean.to(device)
+
+    def score(name, predict, file=None, **more):
+        """A row of the table, kept object by object in scores/."""
+        weights = hashlib.sha256(file.read_bytes()).hexdigest()[:12] if file else ""
+        about = dict(row=name, weights=weights, data=views.meta["fingerprint"], size=cfg.size,
+                     eval_views=cfg.eval_views, seed=cfg.seed, steps=cfg.steps, lpips=bool(lpips))
+        path = out / "scores" / f"{name.replace(',', '').replace(' ', '_')}.jsonl"
+        return {**evaluate(predict, views, cfg, name, path, about, lpips), **more}
+    rows = {"mean image": score("mean image", lambda x, cam, o: mean.expand(cam.K.shape[1],
+                                                                             -1, -1, -1))}
     todo = [("teacher", "teacher.pt", Teacher, 1), ("stage 1", "stage_1.pt", Denoiser, 1),
             ("stage 2", "stage_2.pt", Denoiser, 1),
             (f"stage 2, mean of {cfg.samples}", "stage_2.pt", Denoiser, cfg.samples)]
@@ -302,19 +374,24 @@ def results(cfg, splits, out, identity, background):
         if (out / file).exists():
             network, meta = load_network(out / file, cls, device)
             predict = predictor(network, cfg, background, samples)
-            rows[name] = {**evaluate(predict, views, cfg, name, background),
-                          "parameters": sum(p.numel() for p in network.parameters()),
-                          "minutes": meta["minutes"]}
+            rows[name] = score(name, predict, out / file, minutes=meta["minutes"],
+                               parameters=sum(p.numel() for p in network.parameters()))
     kind = "procedural" if identity["procedural"] else "real"
-    count = f"{len(views)} test objects, {cfg.eval_views or 'all'} target views each"
-    lines = [f"{cfg.dataset} ({kind}), {cfg.size}x{cfg.size}, {count}, seed {cfg.seed}",
-             f"{'':20}  novel PSNR   SSIM  LPIPS     source PSNR   SSIM   parameters  minutes"]
+    sources = sorted({int(test_views(views, o, 1)[0] - views.start[o]) for o in range(len(views))})
+    count = (f"{len(views)} test objects, view {' or '.join(map(str, sources))} in, "
+             f"{cfg.eval_views or 'all'} others out")
+    lines = [f"{views.meta['dataset']} ({kind}), {cfg.size}x{cfg.size}, {count}, seed {cfg.seed}",
+             f"{'':20}  novel PSNR   SSIM    LPIPS  source PSNR   SSIM    LPIPS   parameters  "
+             "minutes"]
     for name, r in rows.items():
-        lines.append(f"{name:20}  {r['psnr_novel']:10.2f}  {r['ssim_novel']:.3f}  not run  "
-                     f"{r['psnr_source']:11.2f}  {r['ssim_source']:.3f}   "
+        novel, source = (f"{r[f'lpips_{k}']:7.3f}" if lpips else "not run" for k in ("novel",
+                                                                                      "source"))
+        lines.append(f"{name:20}  {r['psnr_novel']:10.2f}  {r['ssim_novel']:.3f}  {novel}  "
+                     f"{r['psnr_source']:11.2f}  {r['ssim_source']:.3f}  {source}   "
                      f"{r.get('parameters', 0):10,}  {r.get('minutes', 0):7.1f}")
     record = dict(table=rows, config=asdict(cfg), data=identity, kind=kind, seed=cfg.seed,
-                  lpips="not run", device=device_name(device), git=git_revision())
+                  source_views=sources, lpips="vgg" if lpips else "not run",
+                  device=device_name(device), git=git_revision())
     write_atomically(out / "results.json", lambda f: f.write(json.dumps(record, indent=1).encode()))
     return "\n".join(lines)
 
@@ -539,7 +616,8 @@ def resume(path, cfg, identity):
     state = load_checkpoint(path, ("stage", "step", "config", "data"))
     old, new = ({k: v for k, v in c.items() if k not in SESSION}
                 for c in (state["config"], asdict(cfg)))
-    changed = [f"{k}: {old.get(k)} -> {new[k]}" for k in new if old.get(k) != new[k]]
+    changed = [f"{k}: {old.get(k)} -> {new[k]}" for k in new
+               if old.get(k, new[k]) != new[k]]                  # unknown then: what it is now
     if state["data"]["fingerprint"] != identity["fingerprint"]:
         changed.append("the images in the dataset")
     if changed:
@@ -563,6 +641,8 @@ def train(cfg, splits, out, identity, background):
                         views.meta["near"], views.meta["far"])
     teacher = None
     for stage in range(state["stage"], 3):
+        if not cfg.iters[stage]:
+            break
         # -- once a stage: the network that learns, its average, its optimiser
         iters, peak = cfg.iters[stage], cfg.lr[stage]
         torch.manual_seed(cfg.seed)
@@ -581,6 +661,8 @@ def train(cfg, splits, out, identity, background):
                     print(f"no warm start: the teacher is {teacher.cfg}, the student {shape}")
             else:
                 network.load_state_dict(load_network(out / "stage_1.pt", Denoiser)[0].state_dict())
+        if cfg.paper and stage < 2 and not (stage and cfg.warm_start):
+            network.unet.start(cfg.size, **views.meta["start"])
         network.to(device, memory_format=torch.channels_last)                 # convolutions like it
         if WORLD > 1:   # the same to the last bit
             for x in network.state_dict().values():
@@ -774,7 +856,7 @@ def main():
     if WORLD > 1:
         say(f"{WORLD} processes; each takes {[n // WORLD for n in cfg.batch]} objects a step")
     if cfg.teacher and not (out / "resume.pt").exists() and RANK == 0:        # nothing has begun
-        given = load_splatter_image(cfg.teacher, meta["near"], meta["far"])
+        given = load_teacher(cfg.teacher, meta["near"], meta["far"])
         if given.cfg.size != cfg.size:
             data.fail(f"{cfg.teacher} is for {given.cfg.size} pixels: give --size={given.cfg.size}")
         save_network(out / "teacher.pt", given, provenance(
@@ -793,7 +875,7 @@ def main():
         return
     print(results(cfg, splits, out, identity, background))
     print(f"{(time.time() - began) / 60:.1f} minutes; {out}/: preview.png results.json log.jsonl "
-          f"teacher.pt stage_1.pt stage_2.pt\n"
+          f"scores teacher.pt stage_1.pt stage_2.pt\n"
           f"now: python sample.py <picture of a car>")
 
 
