@@ -1032,7 +1032,7 @@ def test_a_known_point_lands_on_its_pixel_in_every_layout(write, dataset, folder
     backdrop = torch.tensor(views.meta["background"])[:, None, None]
     cover = (views.images / 255. - backdrop).abs().mean(1).numpy()                  # (V, S, S)
     for v in range(5):
-        np.testing.assert_allclose(centroid(cover[v]), uv[v, 0], atol=.1)
+        np.testing.assert_allclose(centroid(cover[v]), uv[v, 0], atol=.15)
     if views.K.shape[1] == 5:               # the depth of the middle, and of a splat without depth
         depth = np.array([1.3, 1.5, 1.7, 1.9, 2.1]) * scale.item()
         np.testing.assert_allclose(views.K[:, 4], depth, rtol=1e-5)
