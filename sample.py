@@ -8,7 +8,11 @@ one .ply a sample in the standard 3DGS layout. The same seed gives the same file
 padded to a square, so the object should fill it about as the training pictures do.
 """
 import argparse
+import base64
+import io
+import json
 import math
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +21,7 @@ from PIL import Image, features
 
 import data
 from model import STEPS, Denoiser, S, load_network, pick_device, write_atomically
-from rasterize import Camera, Gaussians, invert_pose, render, transform
+from rasterize import ALPHA_MIN, NEAR, Camera, Gaussians, invert_pose, render, transform
 
 
 def pick_weights():
@@ -79,6 +83,60 @@ def ply_bytes(g):
     header = "\n".join(["ply", "format binary_little_endian 1.0", f"element vertex {N}",
                         *(f"property float {name}" for name in PLY), "end_header\n"])
     return header.encode() + columns.cpu().numpy().astype("<f4").tobytes()
+
+
+# ---- viewer.html ---------------------------------------------------------------------------------
+# One page that a browser opens without a network: assets/viewer.html with the splats put in. Four
+# samples of 16,384 splats with their 10 steps are 60 MB of float32; packed as below, a car is 3.
+
+def quantise(steps):
+    """Gaussians of the steps of one object, each (1, N, ..) -> (q, low, high).
+
+    q (steps, 23, n) int32 in 0..65535 stands for low + q / 65535 (high - low); low, high (23,). Of
+    the N splats n are kept, those that are drawn in some step. The 23 numbers: xyz, opacity, quat,
+    log scale, 4 x rgb of SH, where degree 0 has zeros.
+    """
+    x = torch.stack([torch.cat([g.xyz[0], g.opacity[0, :, None], g.quat[0],
+                                g.scale[0].clamp(min=1e-9).log(), g.sh[0].flatten(1)], 1)
+                     for g in steps])                                         # (steps, N, 14 | 23)
+    x = torch.nn.functional.pad(x, (0, 23 - x.shape[2]))                      # (steps, N, 23)
+    drawn = (x[..., 3] >= ALPHA_MIN).any(0) & x.isfinite().all(2).all(0)      # (N,)
+    x = x[:, drawn].mT.cpu()                                                  # (steps, 23, n)
+    low, high = (x.amin((0, 2)), x.amax((0, 2))) if drawn.any() else torch.zeros(2, 23)
+    unit = ((high - low) / 65535).clamp(min=1e-30)[:, None]                   # (23, 1)
+    return ((x - low[:, None]) / unit).round().int().clamp(0, 65535), low, high
+
+
+def viewer_html(title, picture, objects, look):
+    """A page that shows splats from all sides -> str.
+
+    picture: the input (PIL), or None. objects: {name: [Gaussians of every denoising step]}, each
+    B = 1, upright: the object's middle at the origin, y straight down. look: distance of the
+    camera, the elevation in degrees from which it first looks, focal = fx / side of the image,
+    background (3,).
+    """
+    packed = []
+    for name, steps in objects.items():
+        q, low, high = quantise(steps)
+        # The last step has 16 bits; the others 8, as differences to the step after them, which are
+        # small numbers, so zlib packs them well.
+        last_low = (q[-1:] & 255).numpy().astype(np.uint8)                    # (1, 23, n)
+        backward = (q >> 8).flip(0).numpy().astype(np.uint8)                  # (steps, 23, n)
+        change = np.diff(backward, axis=0)                                    # modulo 256
+        stream = b"".join(map(np.ndarray.tobytes, (last_low, backward[:1], change)))
+        packed.append(dict(name=name, n=q.shape[2], steps=len(q), low=low.tolist(),
+                           high=high.tolist(),
+                           data=base64.b64encode(zlib.compress(stream, 9)).decode()))
+    if picture is not None:
+        file, small = io.BytesIO(), picture.convert("RGB")
+        small.thumbnail((512, 512))
+        small.save(file, "PNG")
+        picture = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    scene = dict(title=title, picture=picture, objects=packed, look={"near": NEAR, **look})
+    # Inside <script> only "<" could end the text early; JSON has another spelling for it.
+    text = json.dumps(scene).replace("<", "\\u003c")
+    template = Path(__file__).parent / "assets" / "viewer.html"
+    return template.read_text(encoding="utf-8").replace("{{scene}}", text)
 
 
 # ---- the script ----------------------------------------------------------------------------------

@@ -4,20 +4,25 @@ Docstrings say against what: a closed form, finite differences, the reference, a
 tiny, seeds fixed, comparisons elementwise. Tests of CUDA skip where there is none; those of shared
 samples skip where these are not at hand.
 """
+import base64
 import importlib.util
+import io
 import json
 import math
 import os
+import select
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import zlib
 from copy import deepcopy
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
+from urllib.parse import urlencode
 
 import numpy as np
 import pytest
@@ -1825,6 +1830,284 @@ def test_bad_input_is_one_clear_line(trained, cars, tmp_path, monkeypatch):
     error = script("sample", tmp_path / "none.png", *weights, ok=False)       # as a user sees it
     assert error.startswith("error: ") and error.count("\n") == 1
     assert (out / "resume.pt").read_bytes() == before
+
+
+# ---- assets/viewer.html --------------------------------------------------------------------------
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
+               None)
+LOOK = dict(distance=1.3, elevation=20., focal=1.0, background=[1., 1., 0.9])
+
+
+class Page:
+    """A page in a browser without a window, by the DevTools protocol: JSON over two pipes."""
+
+    def __init__(self, folder):
+        theirs, self.write = os.pipe()
+        self.read, also_theirs = os.pipe()
+        def pipes():   # the browser reads from 3 and writes to 4
+            os.dup2(theirs, 3), os.dup2(also_theirs, 4)
+        self.process = subprocess.Popen(
+            [BROWSER, "--headless", "--no-sandbox", "--disable-quic", "--no-first-run",
+             "--disable-background-networking", "--disable-component-update", "--disable-sync",
+             "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--remote-debugging-pipe",
+             f"--user-data-dir={folder}/profile", "about:blank"],
+            preexec_fn=pipes, pass_fds=(3, 4), stderr=subprocess.DEVNULL)
+        os.close(theirs), os.close(also_theirs)
+        self.session, self.calls, self.buffer, self.complaints = {}, 0, b"", []
+        self("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
+        target = self("Target.createTarget", url="about:blank")["targetId"]
+        self.session = dict(sessionId=self("Target.attachToTarget", targetId=target,
+                                           flatten=True)["sessionId"])
+        for domain in ("Page", "Runtime", "Log"):
+            self(f"{domain}.enable")
+
+    def __call__(self, method, **params):
+        """One call of the protocol -> its result; what the page complains about is collected."""
+        self.calls += 1
+        call = dict(id=self.calls, method=method, params=params, **self.session)
+        os.write(self.write, json.dumps(call).encode() + b"\0")
+        while True:
+            while b"\0" not in self.buffer:
+                assert select.select([self.read], [], [], 30)[0], f"no answer to {method}"
+                received = os.read(self.read, 1 << 20)
+                assert received, "the browser ended"
+                self.buffer += received
+            message, self.buffer = self.buffer.split(b"\0", 1)
+            message = json.loads(message)
+            if message.get("id") == self.calls:
+                assert "error" not in message, message
+                return message["result"]
+            if message.get("method") in ("Runtime.exceptionThrown", "Runtime.consoleAPICalled",
+                                         "Log.entryAdded"):
+                self.complaints.append(message["params"])
+
+    def js(self, expression):
+        return self("Runtime.evaluate", expression=expression, awaitPromise=True,
+                    returnByValue=True)["result"].get("value")
+
+    def wait(self, condition):
+        end = time.time() + 30
+        while not self.js(condition):
+            assert time.time() < end, (condition, self.complaints)
+
+    def box(self, query):
+        """x, y, width, height of the element, CSS pixels."""
+        return self.js(f"(r => [r.x, r.y, r.width, r.height])"
+                       f"(document.querySelector({query!r}).getBoundingClientRect())")
+
+    def mouse(self, *points):
+        """Press at the first point, go through the others, let go at the last."""
+        kinds = ["mousePressed", *["mouseMoved"] * (len(points) - 1), "mouseReleased"]
+        for kind, (x, y) in zip(kinds, [*points, points[-1]], strict=True):
+            self("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left",
+                 clickCount=1)
+
+    def click(self, query):
+        x, y, w, h = self.box(query)
+        self.mouse((x + w / 2, y + h / 2))
+
+    def shot(self):
+        """What the canvas shows -> (h, w, 3) in [0, 1]; and the page has not complained so far."""
+        self.js("new Promise(f => requestAnimationFrame(() => requestAnimationFrame(f)))")
+        x, y, w, h = self.box("#stage canvas")
+        png = self("Page.captureScreenshot",
+                   clip=dict(x=x, y=y, width=w, height=h, scale=1))["data"]
+        assert not self.complaints
+        return np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")) / 255
+
+    def view(self, **parts):
+        """Go to an address of the page, shot."""
+        self.js(f"location.hash = {urlencode(dict(turn=0, zoom=1) | parts)!r}")
+        return self.shot()
+
+
+def upright_scene(N, seed=0):
+    """Gaussians around the origin with what is awkward to draw: off screen, behind the near plane,
+    large, thin, opaque, too faint, of negative colour."""
+    g, _ = benchmark_scene(1, 1, N, 64)
+    rng = torch.Generator().manual_seed(seed)
+    sh = g.sh + 0.5 * torch.randn(g.sh.shape, generator=rng)                  # (1, N, 4, 3)
+    xyz, scale, opacity = g.xyz.clone(), g.scale.clone(), g.opacity.clone()
+    xyz[0, :4] = torch.tensor([[1.1, 0, 0], [0, 0.9, 0], [0, 0.3, -1.15], [0.8, 0, -0.7]])
+    scale[0, :8] = torch.tensor([[0.2, 0.2, 0.2], [0.3, 0.002, 0.002]]).repeat(4, 1)
+    opacity[0, 8:12], opacity[0, 12:16] = 0.999, 0.003
+    sh[0, 16:20, 0] -= 3
+    return g._replace(xyz=xyz, scale=scale, opacity=opacity, sh=sh)
+
+
+@pytest.fixture(scope="module")
+def viewer(tmp_path_factory):
+    """The page with two objects, the first of three steps, in a browser -> page, objects, folder.
+    The names would end the script, were they not escaped."""
+    if not BROWSER:
+        pytest.skip("no Chromium")
+    folder = tmp_path_factory.mktemp("viewer")
+    g = upright_scene(1500)
+    steps = [g._replace(xyz=g.xyz * k) for k in (0.5, 0.75, 1.0)]
+    objects = {"</script>&amp;": steps, "teacher": [upright_scene(900, seed=1)]}
+    page, path = Page(folder), folder / "viewer #1.html"
+    path.write_text(sample.viewer_html("</script><b>.png", Image.new("RGB", (40, 40), "red"),
+                                       objects, LOOK), encoding="utf-8")
+    page("Emulation.setDeviceMetricsOverride", width=800, height=500, deviceScaleFactor=1,
+         mobile=False)
+    page("Page.navigate", url=path.as_uri() + "#turn=0")
+    page.wait("document.querySelector('aside')?.hidden === false")
+    yield page, objects, folder
+    page.session = {}
+    page("Browser.close")
+    page.process.wait(20)
+
+
+def test_the_viewer_draws_what_render_draws(viewer):
+    """Against render by the camera of the turntable, from four sides and three distances."""
+    page, objects, _ = viewer
+    views = [(0, 20, 1, "teacher", 1), (75, -15, 1.5, "teacher", 1), (200, 89, 0.7, "teacher", 1),
+             (-50, 10, 2.5, "</script>&amp;", 3)]
+    for azimuth, elevation, zoom, name, step in views:
+        seen = page.view(azimuth=azimuth, elevation=elevation, zoom=zoom, object=name)
+        h, w, _ = seen.shape
+        middle = torch.eye(4)
+        middle[2, 3] = LOOK["distance"]
+        w2c = (sample.turn(torch.tensor([math.radians(azimuth)]), LOOK["distance"], elevation)
+               @ middle @ sample.pitch(elevation).mT)                         # upright -> camera
+        f = LOOK["focal"] * zoom * min(h, w)
+        cam = Camera(w2c, torch.tensor([[[f, f, w / 2, h / 2]]]), (h, w))
+        x_hat, _, _ = render(objects[name][step - 1], cam, torch.tensor([LOOK["background"]]))
+        x_hat = x_hat[0, 0].clamp(0, 1).permute(1, 2, 0).numpy()              # (h, w, 3)
+        psnr = -10 * np.log10(((seen - x_hat) ** 2).mean())
+        assert psnr > 40 and x_hat.std() > 0.05, (azimuth, psnr)
+
+
+def test_hands_move_the_viewer_and_reset_brings_it_back(viewer):
+    """Against the picture before: drag, wheel, pinch, keys, strip and slider each change it."""
+    page, _, _ = viewer
+    before = page.view(azimuth=0, elevation=LOOK["elevation"], object="teacher", step=3)
+    x, y, w, h = page.box("#stage canvas")
+    middle, same = (x + w / 2, y + h / 2), lambda seen: np.abs(seen - before).max() < 0.01
+    def touch(kind, *points):
+        page("Input.dispatchTouchEvent", type=kind,
+             touchPoints=[dict(x=middle[0] + p, y=middle[1], id=k) for k, p in enumerate(points)])
+    def pinch():
+        touch("touchStart", -30, 30), touch("touchMove", -90, 90), touch("touchEnd")
+    hands = dict(
+        drag=lambda: page.mouse(middle, (x + w / 2 + 80, y + h / 2), (x + w / 2 + 90, y + h / 3)),
+        wheel=lambda: page("Input.dispatchMouseEvent", type="mouseWheel", x=middle[0], y=middle[1],
+                           deltaX=0, deltaY=-300),
+        pinch=pinch,
+        key=lambda: page("Input.dispatchKeyEvent", type="keyDown", key="ArrowLeft"))
+    assert same(page.shot())
+    for name, hand in hands.items():
+        hand()
+        assert not same(page.shot()), name
+        page.click("#reset")
+        assert same(page.shot()), name
+    page.wait("location.hash.includes('azimuth=0&elevation=20&zoom=1')")      # the view's address
+    page.click("#strip button")
+    last = page.shot()
+    assert not same(last)
+    x, y, w, h = page.box("input")
+    page.mouse((x + 2, y + h / 2))                                            # to the first step
+    assert "1 of 3" in page.js("document.querySelector('label').textContent")
+    assert np.abs(page.shot() - last).max() > 0.1
+    page.click("#strip button:last-child")
+    assert same(page.shot())
+
+
+def test_the_viewer_turns_until_it_is_touched(viewer):
+    """Against the picture a moment later: with turn=1 another, after a click on it the same."""
+    page, _, _ = viewer
+    first, later = page.view(turn=1), page.shot()
+    assert np.abs(first - later).max() > 0.05
+    page.click("#stage canvas")
+    assert np.array_equal(page.shot(), page.shot())
+
+
+def test_the_viewer_saves_the_splats_it_shows(viewer):
+    """Against the Gaussians it was given, by the reader of .ply files: all but the faint ones, to
+    16 bits of the range of each number."""
+    page, objects, folder = viewer
+    page.view(object="</script>&amp;", step=3)
+    page.click("#save")
+    end = time.time() + 20
+    while not (made := list(folder.glob("*.ply"))) and time.time() < end:
+        time.sleep(0.05)
+    expected = objects["</script>&amp;"][-1]
+    expected = pick(expected, expected.opacity[0] >= rasterize.ALPHA_MIN)
+    (folder / "expected.ply").write_bytes(sample.ply_bytes(expected))
+    p, q = read_ply(made[0]), read_ply(folder / "expected.ply")
+    assert list(p) == sample.PLY == list(q)
+    for name in p:
+        if name == "opacity":
+            p[name], q[name] = [1 / (1 + np.exp(-x[name])) for x in (p, q)]
+        np.testing.assert_allclose(p[name], q[name], rtol=0, atol=np.ptp(q[name]) / 1e5 + 1e-6)
+
+
+def test_names_cannot_end_the_script_that_holds_the_splats(viewer):
+    """Against the title and the names on the page, as text; and no request went anywhere."""
+    page, objects, _ = viewer
+    assert page.js("document.title") == "</script><b>.png"
+    assert page.js("document.querySelector('h1').textContent") == "</script><b>.png"
+    assert page.js("[...document.querySelectorAll('#strip button')].map(b => b.textContent)") == \
+        list(objects)
+    assert page.js("performance.getEntriesByType('resource').map(e => e.name)"
+                   ".filter(name => !name.startsWith('data:'))") == []
+
+
+def unpacked(html):
+    """What the page reads, by an independent reader -> scene, with q (steps, 23, n) per object."""
+    text = html.split('<script id="scene" type="application/json">')[1].split("</script>")[0]
+    scene = json.loads(text)
+    for o in scene["objects"]:
+        planes = np.frombuffer(zlib.decompress(base64.b64decode(o["data"])), np.uint8)
+        planes = planes.reshape(o["steps"] + 1, 23, o["n"])
+        high = planes[1:].cumsum(0, dtype=np.uint8)[::-1].astype(int)         # (steps, 23, n)
+        o["q"] = 256 * high + 128
+        o["q"][-1] += planes[0].astype(int) - 128
+    return scene
+
+
+def test_the_viewer_holds_every_step_to_its_precision():
+    """Against the Gaussians: half of 1/65535 of each range in the last step, half of 1/256 in the
+    others; those that no step draws, or that are no numbers, are gone; no splats are legal."""
+    g = upright_scene(300)
+    g.xyz[0, 20], g.scale[0, 21] = torch.nan, 0
+    steps = [g._replace(opacity=g.opacity * k) for k in (0.1, 1.0)]
+    none = g._replace(opacity=0 * g.opacity, sh=g.sh[:, :, :1])
+    html = sample.viewer_html('a "title" <!--<script>\u2028', None, dict(a=steps, b=[none]), LOOK)
+    scene = unpacked(html)
+    a, b = scene["objects"]
+    assert scene["title"] == 'a "title" <!--<script>\u2028' and scene["picture"] is None
+    assert scene["look"] == dict(near=NEAR, **LOOK) and b["n"] == 0
+    keep = (g.opacity[0] >= rasterize.ALPHA_MIN) & g.xyz[0].isfinite().all(-1)
+    assert a["n"] == keep.sum() == 295
+    low, high = np.array(a["low"])[:, None], np.array(a["high"])[:, None]     # (23, 1)
+    for step, q, levels in zip(steps, a["q"], (256, 65535)):
+        k = pick(step, keep)
+        x = torch.cat([k.xyz[0], k.opacity[0, :, None], k.quat[0], k.scale[0].clamp(min=1e-9).log(),
+                       k.sh[0].flatten(1)], 1).mT.double().numpy()            # (23, n)
+        error = np.abs(low + q / 65535 * (high - low) - x)
+        assert (error <= (0.51 / levels) * (high - low) + 1e-6).all()
+
+
+def test_four_samples_with_all_their_steps_stay_below_five_megabytes():
+    """Against 5 MB, for 4 objects of 128 x 128 splats, 40 % of them drawn, that change over 10
+    steps, at first by about 10 % of their range; the cars of our weights take a third less."""
+    rng = torch.Generator().manual_seed(0)
+    def smooth(size):
+        x = torch.randn(1, 23, size, size, generator=rng)
+        return torch.nn.functional.interpolate(x, size=(128, 128), mode="bicubic").flatten(2).mT
+    def splats():
+        base, change = smooth(48), smooth(48)                                 # (1, N, 23)
+        for step in range(10):
+            x = base + 0.3 * (1 - step / 9) * change
+            x = x + 0.003 * torch.randn(x.shape, generator=rng)
+            drawn = base[..., 3] > 0.25 * base[..., 3].std()                  # 40 %
+            yield Gaussians(x[..., :3], x[..., 8:11].exp(), x[..., 4:8],
+                            x[..., 3].sigmoid() * drawn, x[..., 11:].unflatten(-1, (4, 3)))
+    objects = {f"sample {k}": list(splats()) for k in range(4)}
+    size = len(sample.viewer_html("car", Image.new("RGB", (128, 128)), objects, LOOK))
+    assert 2e6 < size < 5e6, size
 
 
 # ---- README --------------------------------------------------------------------------------------
