@@ -926,7 +926,7 @@ def contact_sheet(splits, columns=10, rows=6):
 
 def main():
     parser = argparse.ArgumentParser(description="Prepare a dataset and say what it holds.")
-    parser.add_argument("dataset", help=", ".join(DATASETS))
+    parser.add_argument("dataset", help=f"{', '.join(DATASETS)}, or path/to/your/own")
     parser.add_argument("--root", default="data", help="folder of datasets")
     parser.add_argument("--size", default=128, type=int, help="pixels")
     parser.add_argument("--instances_train", default=200, type=int, help="procedural cars to make")
@@ -935,13 +935,14 @@ def main():
     a = parser.parse_args()
     splits = prepare(a.dataset, a.root, a.size, a.instances_train, a.instances_test, a.seed)
     for split, views in splits.items():
-        f, _, cx, cy = views.K[0].tolist()
+        f, _, cx, cy, *_ = views.K[0].tolist()
         print(f"{split:>6}: {len(views)} objects, {len(views.images)} views of {a.size} x {a.size},"
               f" focal {f:.2f}, centre {cx:.2f} {cy:.2f} pixels, id {views.meta['fingerprint']}")
     about = next(iter(splits.values())).meta
-    print(f"depths {about['near']} to {about['far']}, background {about['background']}, "
+    middle = " from the object's middle" if views.K.shape[1] > 4 else ""
+    print(f"depths {about['near']} to {about['far']}{middle}, background {about['background']}, "
           + ("procedural" if about["procedural"] else "not procedural"))
-    path = Path("out") / a.dataset / "data.png"
+    path = Path("out") / Path(a.dataset).resolve().name / "data.png"
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         contact_sheet(splits).save(path)
