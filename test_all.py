@@ -1469,15 +1469,16 @@ def test_the_network_is_splatter_images():
     with torch.no_grad():
         raw = teacher(golden["image"][:, None])
     assert torch.allclose(raw, golden["raw"], atol=2e-4)
-    pose, truth = golden["posed_view_to_world"][:, 0].mT, golden["posed"]
     K = torch.tensor([[131.25, 131.25, 64, 64]]).expand(2, 4)
-    g = transform(teacher.gaussians(raw, K), pose)
-    g = Gaussians(*[x[:, golden["index"]] for x in g])
-    quat = g.quat * (g.quat * truth["rotation"]).sum(-1, keepdim=True).sign()
-    sh = torch.cat([truth["features_dc"], truth["features_rest"]], 2)
-    for mine, theirs in [(g.xyz, truth["xyz"]), (g.scale, truth["scaling"]), (g.sh, sh),
-                         (quat, truth["rotation"]), (g.opacity, truth["opacity"][..., 0])]:
-        assert torch.allclose(mine, theirs, atol=2e-4)
+    for view in ("identity", "posed"):
+        pose, truth = golden[f"{view}_view_to_world"][:, 0].mT, golden[view]
+        g = transform(teacher.gaussians(raw, K), pose)
+        g = Gaussians(*[x[:, golden["index"]] for x in g])
+        quat = g.quat * (g.quat * truth["rotation"]).sum(-1, keepdim=True).sign()
+        sh = torch.cat([truth["features_dc"], truth["features_rest"]], 2)
+        for mine, theirs in [(g.xyz, truth["xyz"]), (g.scale, truth["scaling"]), (g.sh, sh),
+                             (quat, truth["rotation"]), (g.opacity, truth["opacity"][..., 0])]:
+            assert torch.allclose(mine, theirs, atol=2e-4)
 
 
 def released(unet, path):

@@ -650,6 +650,7 @@ def train(cfg, splits, out, identity, background):
             network = Teacher(shape)
         else:
             teacher = load_network(out / "teacher.pt", Teacher, device)[0].requires_grad_(False)
+            teacher.to(memory_format=torch.channels_last)
             network = Denoiser(shape)
             if stage == 1:
                 images = (draw_batch(views, cfg, 0, cfg.iters[0] + i, slice(None))[0][:, 0]
