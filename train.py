@@ -784,7 +784,7 @@ def benchmark(cfg):
           f"{cfg.blocks} blocks, bf16={cfg.bf16}, {cfg.views} views, {cfg.steps} steps; medians\n"
           f"{'':37}{'batch':>6}{'parameters':>12}{'ms/step':>10}{'speed-up':>10}{'img/s':>9}"
           f"{'TFLOP/s':>9}{'MiB':>8}{'rendering':>11}")
-    for stage in range(3):
+    for stage in [stage for stage in range(3) if cfg.iters[stage]]:
         reference = flops = None
         for way, flags in ways.items():
             if "checkpoint" in way and stage < 2:
@@ -806,7 +806,7 @@ def benchmark(cfg):
             for _ in range(5):                                                # compile, capture
                 step(*batch)
             share = ""
-            if cuda:
+            if c.graph:
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
                 with torch.profiler.profile() as profile:
