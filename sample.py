@@ -25,13 +25,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 from tqdm import tqdm
 
 import data
 from model import (STEPS, Denoiser, S, T, ddim_step, denoise, load_network, pick_device,
                    write_atomically)
-from rasterize import C0, LOW_PASS, Camera, Gaussians, render, transform
+from rasterize import C0, LOW_PASS, NEAR, Camera, Gaussians, render, transform
 from teacher import Teacher
 
 # ---- pictures from the wild ----------------------------------------------------------------------
@@ -125,7 +125,8 @@ def prepare(path, size, background):
 # A network's splats live in its source camera's frame. All that leaves this file is in the upright
 # frame instead: the object's middle at the origin, level OpenCV axes (y down, z forward), which is
 # what viewers of .ply files expect. How far the source camera looked down is not known from one
-# picture: `elevation` says. look = dict(distance, elevation degrees, focal / side, background).
+# picture: `elevation` says. `look` is a dict of distance, near, elevation in degrees, focal / side
+# of the picture, and background.
 
 def pitch(elevation):
     """(4, 4) rotation about x: from the source camera's axes to level ones, y straight down."""
@@ -167,7 +168,7 @@ def photograph(g, angles, look, side):
     for part in angles.split(max(1, 4_000_000 // (B * N))):
         w2c = orbit(part, look).to(g.xyz.device).expand(B, -1, -1, -1)        # (B, V', 4, 4)
         cam = Camera(w2c, K.expand(B, len(part), 4), (side, side))
-        x, _, _ = render(g, cam, background, near=look["distance"] / 10)      # (B, V', 3, P, P)
+        x, _, _ = render(g, cam, background, near=look["near"])               # (B, V', 3, P, P)
         images.append((x.clamp(0, 1) * 255 + 0.5).byte().permute(0, 1, 3, 4, 2).cpu())
     return torch.cat(images, 1).numpy()
 
@@ -215,26 +216,26 @@ def splat_bytes(g):
 def ply_columns(path):
     """The vertices of a binary .ply -> structured array (N,), a field for each property."""
     with open(path, "rb") as file:
-        lines = [file.readline(1000).split()]
-        while lines[0] == [b"ply"] and lines[-1] != [b"end_header"] and len(lines) < 1000:
-            lines.append(file.readline(1000).split())
-        if lines[-1] != [b"end_header"]:
+        lines = [["ply"]] if file.readline(1000).split() == [b"ply"] else []
+        while lines and lines[-1] != ["end_header"] and len(lines) < 1000:
+            lines.append(file.readline(1000).decode("ascii", "replace").split())
+        if not lines or lines[-1] != ["end_header"]:
             data.fail(f"{path}: not a .ply file: it does not begin with a header; name another")
-        lines = [[word.decode("ascii", "replace") for word in line] for line in lines]
         form = " ".join(next((line[1:] for line in lines if line[:1] == ["format"]), []))
         if form != "binary_little_endian 1.0":
             data.fail(f"{path}: its format is {form!r}; convert it to binary_little_endian 1.0")
-        elements = [i for i, line in enumerate(lines) if line[:1] == ["element"]] + [len(lines) - 1]
+        elements = [i for i, line in enumerate(lines) if line[:1] == ["element"]] + [-1]
         try:
             _, name, count = lines[elements[0]]
             count, kind = int(count), np.dtype([
-                (word[2], TYPES[word[1]]) for word in lines[elements[0] + 1:elements[1]]
-                if word[:1] == ["property"]])
+                (line[2], TYPES[line[1]]) for line in lines[elements[0]:elements[1]]
+                if line[:1] == ["property"]])
         except (IndexError, KeyError, ValueError):
             data.fail(f"{path}: its header makes no sense; export it again as a 3DGS .ply")
         if name != "vertex":
             data.fail(f"{path}: it begins with {name!r}, not with splats; export it uncompressed")
-        room = (os.fstat(file.fileno()).st_size - file.tell()) // max(1, kind.itemsize)
+        left = os.fstat(file.fileno()).st_size - file.tell()                  # bytes
+        room = left // kind.itemsize if kind.itemsize else 0
         if not 0 < count <= room:
             data.fail(f"{path}: its header promises {count} splats, there are {room}; copy or "
                       "export it again")
@@ -254,20 +255,20 @@ def read_ply(path):
     if absent or K not in (0, 3, 8, 15):
         data.fail(f"{path}: not 3DGS splats: {', '.join(absent) or 'some f_rest'} missing; export "
                   "it with a 3DGS tool")
-    sh = [REST[c * K + k] for k in range(min(K, 3)) for c in range(3)]        # degree 1: k1 k2 k3
-    table = np.stack([columns[name] for name in NEEDED + sh], 1).astype(np.float64)
-    xyz, dc, opacity, scale, quat, rest = torch.from_numpy(table).split([3, 3, 1, 3, 4, len(sh)], 1)
-    sh = torch.cat([dc, rest], 1).unflatten(1, (-1, 3))                       # (N, 1 or 4, 3)
-    g = Gaussians(xyz, scale.exp(), quat, opacity[:, 0].sigmoid(), sh)        # (N, ..)
-    ok = torch.stack([x.float().isfinite().flatten(1).all(1) for x in
-                      (xyz, g.scale, quat, g.opacity[:, None], sh)]).all(0)   # (N,)
+    sh1 = [REST[c * K + k] for k in range(min(K, 3)) for c in range(3)]       # red green blue of k1
+    x = torch.from_numpy(np.stack([columns[name] for name in NEEDED + sh1], 1).astype(np.float64))
+    x[:, 6].sigmoid_()                                                        # opacity
+    x[:, 7:10].exp_()                                                         # scale
+    ok = x.float().isfinite().all(1)                                          # (N,)
     if not ok.any():
         data.fail(f"{path}: none of its splats is made of finite numbers; export it again")
+    xyz, dc, opacity, scale, quat, sh1 = x[None, ok].split([3, 3, 1, 3, 4, len(sh1)], -1)
+    sh = torch.cat([dc, sh1], -1).unflatten(-1, (-1, 3))                      # (1, N, 1 or 4, 3)
+    more = [REST[c * K + k] for c in range(3) for k in range(3, K)]
     lost = [f"{(~ok).sum():,} splats with NaN or Inf"] * bool((~ok).any())
-    higher = [REST[c * K + k] for c in range(3) for k in range(3, K)]
-    lost += ["SH above degree 1"] * any(columns[name].any() for name in higher)
+    lost += ["SH above degree 1"] * any(columns[name].any() for name in more)
     lost += [", ".join(sorted(names.difference(PLY)))] * bool(names.difference(PLY))
-    return Gaussians(*[x[ok][None] for x in g]), "; ".join(lost)
+    return Gaussians(xyz, scale, quat, opacity[..., 0], sh), "; ".join(lost)
 
 
 SPLATS = {"ply": ply_bytes, "splat": splat_bytes}
@@ -284,8 +285,7 @@ def animation(frames, kind, fps):
         return mp4(frames, fps)
     first, *rest = map(Image.fromarray, frames)
     file = io.BytesIO()
-    first.save(file, kind, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0,
-               method=2, quality=85)   # WebP's: 4 times as fast as the default, files 10 % larger
+    first.save(file, kind, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
     return file.getvalue()
 
 
@@ -293,15 +293,14 @@ def mp4(frames, fps):
     """By ffmpeg, which reads raw frames; the codec that plays everywhere wants even sides."""
     h, w = frames[0].shape[:2]
     with tempfile.TemporaryDirectory() as folder:
-        made = subprocess.run(
-            ["ffmpeg", "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{w}x{h}",
-             "-r", f"{fps}", "-i", "-", "-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2:color=white",
-             "-pix_fmt", "yuv420p", "-movflags", "+faststart", f"{folder}/film.mp4"],
-            input=b"".join(frame.tobytes() for frame in frames), capture_output=True)
+        path = Path(folder, "film.mp4")
+        call = (f"ffmpeg -v error -f rawvideo -pix_fmt rgb24 -s {w}x{h} -r {fps} -i - -vf pad=ceil("
+                "iw/2)*2:ceil(ih/2)*2 -pix_fmt yuv420p -movflags +faststart").split()
+        made = subprocess.run([*call, path], input=np.stack(frames).tobytes(), capture_output=True)
         if made.returncode:
-            said = made.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no reason"]
-            data.fail(f"ffmpeg could not write the mp4: {said[0]}; use --format webp or gif")
-        return Path(folder, "film.mp4").read_bytes()
+            said = made.stderr.decode(errors="replace").split("\n")[0]
+            data.fail(f"ffmpeg made no mp4 ({said}); use --format webp or gif")
+        return path.read_bytes()
 
 
 def png(pixels):
@@ -367,8 +366,9 @@ def from_picture(path, networks, a):
     """Yields (name, bytes) of all the files of one picture."""
     denoiser, teacher, meta = networks
     cfg = denoiser.cfg
-    look = dict(distance=(cfg.near + cfg.far) / 2, elevation=a.elevation,     # object's middle
-                focal=meta["K"][0] / cfg.size, background=list(meta["background"]))
+    look = dict(distance=(cfg.near + cfg.far) / 2, near=NEAR,                 # object's middle
+                elevation=a.elevation, focal=meta["K"][0] / cfg.size,
+                background=list(meta["background"]))
     with timed("read"):
         pixels, notes = prepare(path, cfg.size, look["background"])           # (size, size, 3)
     for note in notes:
@@ -420,9 +420,10 @@ def from_ply(path, a):
     solid = solid if len(solid) else g.xyz[0]
     middle = solid.median(0).values                                           # (3,)
     radius = np.quantile((solid - middle).norm(dim=-1), 0.9)                  # half a scene's size
-    look = dict(distance=max(2.5 * float(radius), 1e-3), elevation=a.elevation,
+    distance = max(2.5 * float(radius), 1e-3)
+    look = dict(distance=distance, near=distance / 10, elevation=a.elevation,
                 focal=131.25 / 128, background=[1., 1., 1.])                  # SRN's 52 degrees
-    print(f"camera: y down, around the splats' median, {look['distance']:.3g} away: 2.5 times what "
+    print(f"camera: y down, around the splats' median, {distance:.3g} away: 2.5 times what "
           "holds 90 % of those that are not faint")
     seen = g._replace(xyz=g.xyz - middle).to(a.device, torch.float32)
     yield from shown(path.name, None, {path.stem: [seen.to("cpu")]}, seen, look, a)
@@ -437,7 +438,7 @@ def find_inputs(names):
     known, paths, errors = {*Image.registered_extensions(), ".ply"}, [], []
     for name in names:
         if os.path.isdir(name):
-            found = sorted(p for p in Path(name).iterdir() if p.suffix.lower() in known)
+            found = sorted(p for p in Path(name).glob("*") if p.suffix.lower() in known)
         elif os.path.exists(name) or not glob.has_magic(name):
             found = [Path(name)]
         else:
@@ -511,24 +512,23 @@ def arguments():
 
 def check(a):
     """Flags that make no sense are refused before any work."""
-    for name, most in dict(samples=1000, steps=T - 1, views=1000, fps=100, size=2048).items():
-        if not 1 <= getattr(a, name) <= most:
-            data.fail(f"--{name} {getattr(a, name)}: give 1 to {most}")
-    if not 0 <= a.seed < 2 ** 63:
-        data.fail(f"--seed {a.seed}: give 0 or more, below 2^63")
-    if not -90 <= a.elevation <= 90:
-        data.fail(f"--elevation {a.elevation}: give -90 to 90 degrees")
+    for name, (least, most) in dict(samples=(1, 1000), steps=(1, T - 1), views=(1, 1000),
+                                    fps=(1, 100), size=(1, 2048), seed=(0, 2 ** 63 - 1),
+                                    elevation=(-90, 90)).items():
+        if not least <= getattr(a, name) <= most:
+            data.fail(f"--{name} {getattr(a, name)}: give {least} to {most}")
     if a.samples * a.size > 16383:   # what WebP can hold
         data.fail(f"--samples {a.samples} --size {a.size}: together more than 16383 pixels wide; "
                   "give less of either")
-    a.format = [name for name in a.format.split(",") if name]
-    for name in a.format:
+    names = a.format.split(",") if a.format else []
+    for name in names:
         if name not in (*MOVIES, *SPLATS):
             data.fail(f"--format {name}: there are {', '.join((*MOVIES, *SPLATS))}")
-    if "mp4" in a.format and not shutil.which("ffmpeg"):
+    if "mp4" in names and not shutil.which("ffmpeg"):
         data.fail("--format mp4: there is no ffmpeg here; install it, or choose webp or gif")
-    a.movie = next((name for name in a.format if name in MOVIES), "webp")
-    a.splats = [name for name in a.format if name in SPLATS]
+    a.movie = next((name for name in names if name in MOVIES),
+                   "webp" if features.check("webp") else "gif")
+    a.splats = [name for name in names if name in SPLATS]
     a.device = pick_device(a.device)
 
 

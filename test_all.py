@@ -1792,7 +1792,8 @@ def test_the_turntable_starts_at_the_picture_and_stays_level():
 def test_widened_splats_look_at_any_size_as_they_did_in_training():
     """Against the rendering at the training size: 4 times the pixels, averaged, are closer to it
     than those of the splats as they were, which have gaps."""
-    look = dict(distance=1.3, elevation=0., focal=131.25 / 128, background=[1., 1., 1.])
+    look = dict(distance=1.3, elevation=0., near=NEAR, focal=131.25 / 128,
+                background=[1., 1., 1.])
     y, x = torch.meshgrid(*[torch.linspace(-.3, .3, 31)] * 2, indexing="ij")
     xyz = torch.stack([x, y, 0 * x], -1).view(1, -1, 3)                       # a sheet: 1 a pixel
     N = xyz.shape[1]
@@ -1813,7 +1814,7 @@ def test_the_viewer_gets_every_step_of_every_sample_and_the_teacher(tiny, tmp_pa
     assert not make(monkeypatch, tiny, image, "--out", tmp_path / "out")
     (title, picture, objects, look), = got
     assert title == "rgba.png" and picture.size == (16, 16) and set(look) == {
-        "distance", "elevation", "focal", "background"}
+        "distance", "near", "elevation", "focal", "background"}
     assert {k: len(v) for k, v in objects.items()} == {"sample 0": 3, "sample 1": 3, "teacher": 1}
     assert all(g.xyz.shape == (1, 256, 3) for steps in objects.values() for g in steps)
     written = sample.ply_columns(tmp_path / "out" / "sample_1.ply")
@@ -1914,7 +1915,7 @@ def hostile(folder):
             (b"binary_little_endian", b"ascii"), (b"float x", b"float w"), (b"float x", b"float y"),
             (b"float x", b"half x"), (b"float x", b"list uchar int x"), (b"f_rest_44", b"f_rest_x"),
             (b"end_header", b"end"), (b"ply\n", b"PLY\n"), (b"float opacity", b"float alpha"),
-            (b"format", b"comment"), (b"element", b"comment")]):
+            (b"format", b"comment"), (b"element", b"comment"), (b"property", b"comment")]):
         write(f"lie_{k}.ply", good.replace(old, new))
     write("long_line.ply", b"ply\n" + b"comment" * 10_000_000)
     png, jpeg = saved(rgb, "PNG"), saved(rgb, "JPEG")
