@@ -39,7 +39,7 @@ from teacher import Teacher
 # (data.prepare("cars", root, 128, 20, 8)) the longer side of the subject's bounding box takes 0.375
 # to 0.781 of the picture, median 0.67; its middle lies at x 0.43 to 0.58, y 0.47 to 0.62, medians
 # 0.50 and 0.54; the background takes 0.757 to 0.930 of the pixels and the whole border. 250 views
-# of meshes rendered as SRN does and pixelNeRF's three photographs lie within these, too.
+# of meshes in SRN's layout and pixelNeRF's three photographs lie there too (background from 0.748).
 SIDE, SIDES = 0.67, (0.35, 0.80)                                  # framed to; left as it is
 MIDDLE, MIDDLES = (0.50, 0.54), [(0.40, 0.60), (0.44, 0.64)]      # x, y
 EMPTY = 0.70, 0.95                                                # background; else a warning
@@ -53,7 +53,10 @@ def read_upright(path, background, most):
     with Image.open(path) as file:
         alpha = (file.convert("RGBA").getchannel("A") if file.has_transparency_data
                  else Image.new("L", file.size, 255))
-        orientation = file.getexif().get(0x0112, 1)
+        try:
+            orientation = file.getexif().get(0x0112, 1)
+        except Exception:                       # EXIF of nonsense raises many things: as it stands
+            orientation = 1
     for image in rgb, alpha:
         image.getexif()[0x0112] = orientation
         image = ImageOps.exif_transpose(image)
@@ -64,7 +67,7 @@ def read_upright(path, background, most):
 def find_subject(rgb, alpha, background):
     """-> (rgb with the training background behind the subject, (h, w) bool subject), the latter
     None where no background can be told. By alpha, else by distance from the border's colour."""
-    if alpha.min() < 255:
+    if alpha.min() < 128:
         return rgb, alpha > 127
     border = np.concatenate([rgb[0], rgb[-1], rgb[:, 0], rgb[:, -1]]).astype(float)   # (b, 3)
     behind = np.median(border, 0)                                             # (3,)
@@ -165,7 +168,8 @@ def photograph(g, angles, look, side):
     f = look["focal"] * side
     K = torch.tensor([f, f, side / 2, side / 2], device=g.xyz.device)         # (4,) pixels
     background, images = torch.tensor(look["background"], device=g.xyz.device), []
-    for part in angles.split(max(1, 4_000_000 // (B * N))):
+    parts = angles.split(max(1, 4_000_000 // (B * N)))
+    for part in tqdm(parts, "rendering", leave=False, disable=len(parts) < 4 or None):
         w2c = orbit(part, look).to(g.xyz.device).expand(B, -1, -1, -1)        # (B, V', 4, 4)
         cam = Camera(w2c, K.expand(B, len(part), 4), (side, side))
         x, _, _ = render(g, cam, background, near=look["near"])               # (B, V', 3, P, P)
@@ -416,16 +420,14 @@ def from_ply(path, a):
     with timed("read"):
         g, lost = read_ply(path)
     print(f"{path}: {g.xyz.shape[1]:,} splats" + f"; not kept: {lost}" * bool(lost))
-    solid = g.xyz[g.opacity > 0.1]                                            # (n, 3)
-    solid = solid if len(solid) else g.xyz[0]
-    middle = solid.median(0).values                                           # (3,)
-    radius = np.quantile((solid - middle).norm(dim=-1), 0.9)                  # half a scene's size
-    distance = max(2.5 * float(radius), 1e-3)
+    solid = g.xyz[g.opacity > min(0.1, g.opacity.median())].numpy()           # (n, 3) not faint
+    low, high = np.quantile(solid if len(solid) else g.xyz[0], [0.02, 0.98], 0)     # (3,) each
+    distance = max(1.3 * float(np.linalg.norm(high - low)), 1e-3)
     look = dict(distance=distance, near=distance / 10, elevation=a.elevation,
-                focal=131.25 / 128, background=[1., 1., 1.])                  # SRN's 52 degrees
-    print(f"camera: y down, around the splats' median, {distance:.3g} away: 2.5 times what "
-          "holds 90 % of those that are not faint")
-    seen = g._replace(xyz=g.xyz - middle).to(a.device, torch.float32)
+                focal=131.25 / 128, background=[1., 1., 1.])                  # as SRN looks at cars
+    print(f"camera: {distance:.3g} from the middle of the box that bounds all but 2 % of the solid "
+          "splats on each side, 1.3 times its diagonal; y is taken to point down")
+    seen = g._replace(xyz=g.xyz - torch.from_numpy(low + high) / 2).to(a.device, torch.float32)
     yield from shown(path.name, None, {path.stem: [seen.to("cpu")]}, seen, look, a)
     for kind in a.splats:
         with timed(kind):
@@ -492,20 +494,20 @@ def arguments():
         epilog="Open viewer.html in a browser; the .ply files open in the usual 3DGS viewers.")
     add = parser.add_argument
     add("image", nargs="+", help="pictures, .ply files, folders of them, or quoted patterns")
-    add("--weights", help="a stage_1.pt or stage_2.pt; default: the newest in out/")
-    add("--out", help="folder of the results; default: out/<name>; of several inputs, each gets a "
-                      "folder in it")
-    add("--samples", type=int, default=4, help="how many of each picture; default 4")
-    add("--seed", type=int, default=0, help="another seed, other samples; default 0")
-    add("--steps", type=int, default=STEPS, help=f"DDIM steps; default {STEPS}")
+    add("--weights", metavar="FILE", help="a stage_1.pt or stage_2.pt; default: the newest in out/")
+    add("--out", metavar="FOLDER", help="of the results, default out/<name>; with several inputs "
+        "each has a folder in it")
+    add("--samples", metavar="N", type=int, default=4, help="how many of each picture; default 4")
+    add("--seed", metavar="N", type=int, default=0, help="another seed, other samples; default 0")
+    add("--steps", metavar="N", type=int, default=STEPS, help=f"DDIM steps; default {STEPS}")
     add("--format", default="", metavar="A,B", help="of the animations: webp, gif or, where there "
         "is ffmpeg, mp4; of the splats: ply, splat or both; default webp,ply")
-    add("--views", type=int, default=36, help="frames of one turn; default 36")
-    add("--fps", type=int, default=12, help="frames a second; default 12")
-    add("--size", type=int, default=192, help="side of a rendering in pixels; default 192")
-    add("--elevation", type=float, default=25.0,
+    add("--views", metavar="N", type=int, default=36, help="frames of one turn; default 36")
+    add("--fps", metavar="N", type=int, default=12, help="frames a second; default 12")
+    add("--size", metavar="N", type=int, default=192, help="pixels of a rendering; default 192")
+    add("--elevation", metavar="X", type=float, default=25.0,
         help="degrees by which the picture looks down on the object; default 25")
-    add("--device", default="", help="default: the GPU if there is one")
+    add("--device", metavar="NAME", default="", help="default: the GPU if there is one")
     add("--verbose", action="store_true", help="say where the time goes")
     return parser
 

@@ -1879,6 +1879,7 @@ def hostile(folder):
     write("ok_cmyk.jpg", saved(photo.convert("CMYK"), "JPEG"))
     write("ok_exif.jpg", saved(rgb, "JPEG", exif=exif))
     write("ok_odd_exif.jpg", saved(rgb, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff"))
+    write("ok_no_exif.jpg", saved(rgb, "JPEG", exif=b"Exif\0\0nonsense"))
     write("ok_animated.gif", saved(rgb, "GIF", save_all=True, append_images=[rgb, rgb]))
     write("ok_deep.png", saved(Image.fromarray(noise(40, 60).astype(np.uint16) * 257), "PNG"))
     write("ok_float.tiff", saved(Image.fromarray(noise(40, 60).astype(np.float32)), "TIFF"))
