@@ -366,6 +366,30 @@ def shown(title, picture, objects, g, look, a, states=()):
         yield f"film.{a.movie}", film
 
 
+def trajectory(denoiser, x_src, a):
+    """Sampling that remembers -> [(s_t, t, s_hat)], one for each DDIM step."""
+    trail, cfg = [], denoiser.cfg
+    def watched(s_t, t, x_src):
+        trail.append((s_t, t, denoiser(s_t, t, x_src)))
+        return trail[-1][2]
+    eps = torch.randn(a.samples, S, cfg.size, cfg.size,
+                      generator=torch.Generator().manual_seed(a.seed)).to(a.device)
+    t = torch.full((a.samples,), T - 1, device=a.device)
+    steps = denoise(watched, eps, t, x_src.expand(a.samples, -1, -1, -1), a.steps)
+    list(tqdm(steps, "denoising", a.steps, leave=False, disable=None))
+    return trail
+
+
+def condense(trail, views):
+    """Yields s_t at as many moments, slower towards the end. Between two steps it is what DDIM,
+    which believes in one s_hat until the next, would have at that level of noise."""
+    for i in tqdm(range(views), "film", leave=False, disable=None):
+        k = len(trail) * (1 - (1 - i / views) ** 2)                           # step, with fraction
+        s_t, now, s_hat = trail[int(k)]
+        then = trail[int(k) + 1][1] if k < len(trail) - 1 else 0 * now
+        yield ddim_step(s_t, s_hat, now, now + (then - now) * (k % 1))        # (samples, 24, H, W)
+
+
 def from_picture(path, networks, a):
     """Yields (name, bytes) of all the files of one picture."""
     denoiser, teacher, meta = networks
@@ -379,34 +403,19 @@ def from_picture(path, networks, a):
         print(f"warning: {path}: {note}", file=sys.stderr)
     yield "input.png", png(pixels)
 
-    trail = []                                                                # of every step
-    def watched(s_t, t, x_src):
-        trail.append((s_t, t, denoiser(s_t, t, x_src)))
-        return trail[-1][-1]
     with timed("denoise"):
         x_src = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(a.device) / 255
-        eps = torch.randn(a.samples, S, cfg.size, cfg.size,
-                          generator=torch.Generator().manual_seed(a.seed)).to(a.device)
-        t = torch.full((a.samples,), T - 1, device=a.device)
-        steps = denoise(watched, eps, t, x_src.expand(a.samples, -1, -1, -1), a.steps)
-        list(tqdm(steps, "denoising", a.steps, leave=False, disable=None))
-
+        trail = trajectory(denoiser, x_src, a)
     def place(network, s):
         """Splats of any step -> Gaussians in the upright frame."""
         K = torch.tensor([meta["K"]], device=a.device).expand(len(s), 4)
         return upright(widen(network.gaussians(s, K), look, cfg.size), look)
-    def condense():
-        """s_t at as many moments as the turn has views, slower towards the end."""
-        for u in tqdm(range(a.views), "film", leave=False, disable=None):
-            k = a.steps * (1 - (1 - u / a.views) ** 2)                        # step, with fraction
-            s_t, now, s_hat = trail[int(k)]
-            then = trail[int(k) + 1][1] if k < a.steps - 1 else 0 * now
-            yield place(denoiser, ddim_step(s_t, s_hat, now, now + (then - now) * (k % 1)))
     every = [place(denoiser, s_hat) for _, _, s_hat in trail]                 # g after each step
     objects = {f"sample {k}": [one(g, k).to("cpu") for g in every] for k in range(a.samples)}
     if teacher:
         objects["teacher"] = [place(teacher, teacher(x_src[:, None])).to("cpu")]
-    yield from shown(path.name, Image.fromarray(pixels), objects, every[-1], look, a, condense())
+    states = (place(denoiser, s_t) for s_t in condense(trail, a.views))
+    yield from shown(path.name, Image.fromarray(pixels), objects, every[-1], look, a, states)
     for kind in a.splats or ["ply"]:
         for k in range(a.samples):
             with timed(kind):
