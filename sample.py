@@ -552,6 +552,7 @@ def main():
     Image.MAX_IMAGE_PIXELS = MOST_PIXELS
 
     paths, errors = find_inputs(a.image)
+    given = {path.resolve() for path in paths}
     is_ply = [path.suffix.lower() == ".ply" for path in paths]
     with timed("load"):
         networks = None if all(is_ply) else load_networks(a)
@@ -559,6 +560,8 @@ def main():
         try:
             names = []
             for name, content in from_ply(path, a) if ply else from_picture(path, networks, a):
+                if (out / name).resolve() in given:
+                    data.fail(f"{out / name}: is an input, not written over; choose another --out")
                 write_atomically(out / name, lambda f: f.write(content))
                 names.append(name)
             print(f"{path} -> {out}/: {' '.join(names)}", flush=True)

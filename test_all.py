@@ -1842,6 +1842,17 @@ def test_folders_patterns_and_equal_names_overwrite_nothing(tiny, tmp_path, monk
     assert sorted(p.name for p in Path("out").iterdir()) == ["grey", "photo", "rgba"]
 
 
+def test_an_input_is_never_written_over(tiny, tmp_path, monkeypatch):
+    """Against its bytes, where a result would have its name."""
+    path = tmp_path / "x.ply"
+    path.write_bytes(sample.ply_bytes(benchmark_scene(1, 1, 20, 16)[0]) + b"more")
+    shutil.copy(pictures(tmp_path)[0], tmp_path / "input.png")
+    for name, flag in (("x.ply", "--format=ply"), ("input.png", "--seed=1")):
+        before = (tmp_path / name).read_bytes()
+        said, = make(monkeypatch, tiny, tmp_path / name, flag, "--out", tmp_path)
+        assert name in said and (tmp_path / name).read_bytes() == before
+
+
 def test_mp4_is_made_by_ffmpeg_or_refused(tiny, tmp_path, monkeypatch):
     """Against one that only copies its input, one that fails, and none."""
     image, bin_ = pictures(tmp_path)[0], tmp_path / "bin"
