@@ -29,14 +29,14 @@ from urllib.parse import urlencode
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import data
 import rasterize
 import sample
 import train
 from model import (T, T_STAR, S, Denoiser, ModelConfig, add_noise, alpha_bar, denoise,
-                   denormalise, lambda_t, load_checkpoint, load_network, normalise,
+                   denormalise, lambda_t, load_checkpoint, load_network, normalise, save_network,
                    splats_to_gaussians, write_atomically)
 from rasterize import (ALPHA_MAX, C0, C1, LOW_PASS, NEAR, Camera, Gaussians, benchmark_scene,
                        invert_pose, matrix_to_quat, quat_to_matrix, render, transform)
@@ -1886,34 +1886,113 @@ def read_ply(path):
     return dict(zip(names, np.frombuffer(body, "<f4").reshape(-1, len(names)).T))
 
 
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A file of weights that cost nothing: an untrained denoiser, its teacher beside it."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tiny")
+    cfg = ModelConfig(16, 8, (1, 2), 1, 8)
+    meta = dict(dataset="cars", data=dict(procedural=True), K=[16.4, 16.4, 8., 8.],
+                background=[1., 1., 1.])
+    save_network(folder / "stage_2.pt", Denoiser(cfg), meta)
+    save_network(folder / "teacher.pt", Teacher(cfg), meta)
+    return folder / "stage_2.pt"
+
+
+def make(monkeypatch, tiny, *args):
+    """sample.py in this process, small -> the lines of its refusals, none if all went well."""
+    flags = ["--weights", tiny, "--samples=2", "--steps=3", "--views=2", "--size=16",
+             "--device=cpu"]
+    monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, [*flags, *args])])
+    try:
+        sample.main()
+    except SystemExit as stop:
+        return str(stop).splitlines()
+    return []
+
+
 def test_sampling_writes_pictures_and_splats_and_repeats_itself(trained, tmp_path):
     """Against constant images, a second run with the same seed, and another seed."""
     out, _ = trained
     image = pictures(tmp_path)[0]
-    args = [image, "--weights", out / "stage_2.pt", "--samples", 2, "--frames", 4, "--pixels", 32,
+    args = [image, "--weights", out / "stage_2.pt", "--samples", 2, "--views", 4, "--size", 32,
             "--device", "cpu"]
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        script("sample", *args, "--out", tmp_path / name, "--seed", seed)
+        said = script("sample", *args, "--out", tmp_path / name, "--seed", seed, "--verbose")
+    assert all(word in said for word in ("denoise", "render", "film", "turntable", "viewer"))
     made = sorted(p.name for p in (tmp_path / "a").iterdir())
-    assert made == ["sample.png", "sample_0.ply", "sample_1.ply", "turntable.webp"]
+    assert made == ["film.webp", "input.png", "sample.png", "sample_0.ply", "sample_1.ply",
+                    "turntable.webp", "viewer.html"]
     assert np.asarray(Image.open(tmp_path / "a" / "sample.png")).std() > 1
     assert Image.open(tmp_path / "a" / "turntable.webp").n_frames == 4
+    assert Image.open(tmp_path / "a" / "film.webp").n_frames == 8             # noise, then a turn
     for name in made:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    assert (tmp_path / "a" / made[1]).read_bytes() != (tmp_path / "c" / made[1]).read_bytes()
+    assert (tmp_path / "a" / made[3]).read_bytes() != (tmp_path / "c" / made[3]).read_bytes()
 
 
-def test_every_kind_of_picture_becomes_a_square_on_the_background(tmp_path):
-    """Against shape, range, and white where the picture was transparent or is padded."""
-    for path in pictures(tmp_path):
-        x = sample.square(data.read_picture(path, (1., 1., 1.)), 30, (1., 1., 1.))
-        assert x.shape == (1, 3, 30, 30) and x.min() >= 0 and x.max() <= 1
-        assert (x[:, :, :3] > 0.99).all() and x.std() > 0.05, path
-    x = sample.square(data.read_picture(tmp_path / "rgba.png", (1., 1., 1.)), 60, (1., 1., 1.))
-    assert (x[..., :18] > 0.98).all()
+def test_every_training_view_passes_unchanged(cars):
+    """Against the reader of training images, bit for bit: the ranges in sample.py are of these."""
+    files = [(path, 32) for path in sorted(cars.glob("cars/*/*/rgb/*.png"))]
+    files += [(path, 128) for path in sorted(SHARED.glob("pixelnerf_input/*.png"))]
+    files += [(path, 64) for path in sorted(SHARED.glob("srn_like_mesh_*/*/*/rgb/*0.png"))]
+    for path, size in files:
+        pixels, notes = sample.prepare(path, size, (1., 1., 1.))
+        as_trained = data.read_image(path, size, (1., 1., 1.))[0].transpose(1, 2, 0)
+        assert (pixels == as_trained).all() and not notes, path
+    assert len(files) >= 351
 
 
-def test_a_ply_holds_the_same_gaussians(tmp_path):
+def box_of(pixels):
+    """Longer side and middle (x, y) of what is not white, relative to the picture."""
+    y, x = np.nonzero((pixels < 200).any(-1))
+    (left, right), (top, bottom) = (x.min(), x.max() + 1), (y.min(), y.max() + 1)
+    return np.array([max(right - left, bottom - top), (left + right) / 2, (top + bottom) / 2]
+                    ) / len(pixels)
+
+
+@pytest.mark.parametrize("ground", [(255, 255, 255), (120, 160, 120), (250, 247, 244), None])
+@pytest.mark.parametrize("turned", [1, 6, 8])
+def test_a_subject_anywhere_on_any_plain_ground_is_framed_as_in_training(ground, turned, tmp_path):
+    """Against the framing's target, and against the same subject cut out by hand."""
+    rng = np.random.default_rng(0)
+    yy, xx = np.mgrid[:120, :200]
+    shape = ((xx - 150) / 40) ** 2 + ((yy - 30) / 20) ** 2 < 1                # an ellipse, 80 wide
+    rgba = np.zeros((120, 200, 4), np.uint8)
+    rgba[shape] = [180, 30, 40, 255]
+    if ground:
+        noise = 0 if ground == (255, 255, 255) else rng.normal(0, 3, (120, 200, 3))
+        grain = (np.array(ground) + noise).clip(0, 255)
+        rgba[..., :3] = np.where(shape[..., None], rgba[..., :3], grain)
+        rgba[..., 3] = 255
+    image, exif = Image.fromarray(rgba), Image.Exif()
+    exif[0x0112] = turned                                                     # as a camera held so
+    back = {1: None, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}[turned]
+    stored = image.transpose(back) if back else image
+    stored.save(tmp_path / "x.png", exif=exif)
+    assert ImageOps.exif_transpose(Image.open(tmp_path / "x.png")).size == image.size
+    pixels, notes = sample.prepare(tmp_path / "x.png", 64, (1., 1., 1.))
+    assert abs(box_of(pixels) - [sample.SIDE, *sample.MIDDLE]).max() < 0.03 and not notes
+    assert (pixels[:10] == 255).all() and abs(pixels[34, 32] - [180., 30, 40]).max() < 12
+
+
+def test_pictures_unlike_training_are_taken_with_a_warning(tmp_path):
+    """Against a photograph without a ground, a subject cut off, and one that is a mere line."""
+    rng = np.random.default_rng(0)
+    busy = rng.integers(0, 255, (60, 90, 3), dtype=np.uint8)
+    cut, line = np.full((2, 80, 80, 3), 255, np.uint8)
+    cut[40:60, 30:] = line[40, 10:70] = 0
+    for name, pixels, word in (("busy", busy, "background"), ("cut", cut, "cut off"),
+                               ("line", line, "background is 9")):
+        Image.fromarray(pixels).save(tmp_path / "x.png")
+        x, notes = sample.prepare(tmp_path / "x.png", 32, (1., 1., 1.))
+        assert x.shape == (32, 32, 3) and len(notes) == 1 and word in notes[0], name
+    for path in pictures(tmp_path):   # grey, 16-bit, palette, transparent
+        x, _ = sample.prepare(path, 30, (1., 1., 1.))
+        assert x.shape == (30, 30, 3) and x.std() > 10, path
+
+
+def test_a_ply_holds_the_same_gaussians_and_is_written_back_to_the_byte(tmp_path):
     """Against an independent reader: 62 properties, raw scales and opacities, SH by channel."""
     g, _ = benchmark_scene(1, 1, 50, 16)
     path = tmp_path / "g.ply"
@@ -1929,17 +2008,252 @@ def test_a_ply_holds_the_same_gaussians(tmp_path):
     for rgb in range(3):
         names = [f"f_rest_{15 * rgb + k}" for k in range(15)]
         assert torch.equal(column(*names[:3]), g.sh[0, :, 1:, rgb]) and not column(*names[3:]).any()
+    again, lost = sample.read_ply(path)
+    assert sample.ply_bytes(again) == path.read_bytes() and not lost
+    for x, y in zip(g, again):
+        assert torch.allclose(x.double(), y, rtol=1e-5)
+
+
+def test_a_splat_file_holds_what_the_ply_holds(tmp_path):
+    """Against the .ply of the same object, within 8 bits; the most important splats come first."""
+    g, _ = benchmark_scene(1, 1, 200, 16)
+    (tmp_path / "g.ply").write_bytes(sample.ply_bytes(g))
+    g = sample.read_ply(tmp_path / "g.ply")[0]
+    kind = np.dtype([("xyz", "<f4", 3), ("scale", "<f4", 3), ("rgba", "u1", 4), ("quat", "u1", 4)])
+    splats = np.frombuffer(sample.splat_bytes(g), kind)
+    weight = g.opacity[0] * g.scale[0].prod(-1)
+    order = weight.argsort(descending=True, stable=True)
+    assert splats.itemsize == 32 and np.array_equal(splats["xyz"], g.xyz[0, order].float())
+    assert np.array_equal(splats["scale"], g.scale[0, order].float())
+    rgba = torch.cat([0.5 + C0 * g.sh[0, :, 0], g.opacity[0, :, None]], 1)[order].clamp(0, 1)
+    assert abs(splats["rgba"] / 255 - rgba.numpy()).max() < 0.51 / 255
+    turned = quat_to_matrix((torch.from_numpy(splats["quat"].astype(float)) - 128) / 128)
+    assert abs(turned - quat_to_matrix(g.quat[0, order])).max() < 0.03
+
+
+def test_any_binary_ply_of_splats_is_read_by_its_header(tmp_path):
+    """Against the same splats in another order, in other types, with elements and fields more."""
+    g, _ = benchmark_scene(1, 1, 20, 16)
+    (tmp_path / "g.ply").write_bytes(sample.ply_bytes(g))
+    columns = sample.ply_columns(tmp_path / "g.ply")
+    kind = [(name, "<f8") for name in reversed(columns.dtype.names) if name[0] != "n"]
+    other = np.zeros(21, [*kind, ("red", "u1")])
+    for name, _ in kind:
+        other[name][:20] = columns[name]
+    other["x"][20] = np.nan
+    header = ["ply", "format binary_little_endian 1.0", "comment made by hand", "element vertex 21",
+              *(f"property double {name}" for name, _ in kind), "property uchar red",
+              "element face 1", "property list uchar int vertex_indices", "end_header", ""]
+    (tmp_path / "h.ply").write_bytes("\r\n".join(header).encode() + other.tobytes() + b"\0")
+    again, lost = sample.read_ply(tmp_path / "h.ply")
+    assert lost == "1 splats with NaN or Inf; red"
+    for x, y in zip(sample.read_ply(tmp_path / "g.ply")[0], again):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.skipif(not (SHARED / "3dgs_epfl").exists(), reason="no trained splats here")
+def test_trained_splats_of_others_are_shown_and_written_again(tiny, tmp_path, monkeypatch, capsys):
+    """Against their own columns: all but the SH that we cannot draw comes back to the bit."""
+    path = SHARED / "3dgs_epfl" / "pc_short.ply"
+    assert not make(monkeypatch, tiny, path, "--out", tmp_path, "--format=ply,splat,gif")
+    assert "not kept: SH above degree 1" in capsys.readouterr().out
+    before, after = sample.ply_columns(path), sample.ply_columns(tmp_path / "pc_short.ply")
+    for name in sample.NEEDED + [f"f_rest_{15 * c + k}" for c in range(3) for k in range(3)]:
+        assert np.array_equal(before[name], after[name]), name
+    assert (tmp_path / "pc_short.splat").stat().st_size == 32 * 100
+    assert np.asarray(Image.open(tmp_path / "sample.png")).std() > 1
+    assert Image.open(tmp_path / "turntable.gif").n_frames == 2
+    assert sample.read_ply(tmp_path / "pc_short.ply")[1] == ""
 
 
 def test_the_turntable_starts_at_the_picture_and_stays_level():
-    """Against the identity at angle 0, a constant distance and a constant height."""
-    c2w = invert_pose(sample.turn(torch.arange(8) * torch.pi / 4, 1.3, 25.0))[0]
-    centre = c2w[:, :3, 3] - torch.tensor([0, 0, 1.3])
-    level = centre @ sample.pitch(25.0)[:3, :3].mT
-    assert torch.allclose(c2w[0], torch.eye(4), atol=1e-6)
+    """Against the source camera at angle 0, a constant distance and a constant height."""
+    look = dict(distance=1.3, elevation=25.0)
+    g, _ = benchmark_scene(1, 1, 9, 16)
+    w2c = sample.orbit(torch.arange(8) * torch.pi / 4, look)                  # (1, 8, 4, 4)
+    centre = invert_pose(w2c)[0, :, :3, 3]                                    # (8, 3), y is down
+    there = transform(sample.upright(g, look), w2c[:, 0])                     # the source's axes
+    assert torch.allclose(there.xyz, g.xyz, atol=1e-6)
+    assert torch.allclose(there.sh, g.sh, atol=1e-6)
     assert torch.allclose(centre.norm(dim=-1), torch.tensor(1.3))
-    height = 1.3 * math.sin(math.radians(25))                                 # y is down
-    assert torch.allclose(level[:, 1], torch.tensor(-height))
+    assert torch.allclose(centre[:, 1], torch.tensor(-1.3 * math.sin(math.radians(25))))
+
+
+def test_widened_splats_look_at_any_size_as_they_did_in_training():
+    """Against the rendering at the training size: 4 times the pixels, averaged, are closer to it
+    than those of the splats as they were, which have gaps."""
+    look = dict(distance=1.3, elevation=0., near=NEAR, focal=131.25 / 128,
+                background=[1., 1., 1.])
+    y, x = torch.meshgrid(*[torch.linspace(-.3, .3, 31)] * 2, indexing="ij")
+    xyz = torch.stack([x, y, 0 * x], -1).view(1, -1, 3)                       # a sheet: 1 a pixel
+    N = xyz.shape[1]
+    g = Gaussians(xyz, torch.full((1, N, 3), 1e-3), torch.tensor([1., 0, 0, 0]).expand(1, N, 4),
+                  torch.full((1, N), 0.9), torch.zeros(1, N, 1, 3))
+    def seen(g, side):
+        pixels = sample.photograph(g, torch.zeros(1), look, side)[0, 0] / 255
+        return pixels.reshape(64, side // 64, 64, side // 64, 3).mean((1, 3))
+    trained, wide = seen(g, 64), sample.widen(g, look, 64)
+    assert abs(seen(wide, 256) - trained).mean() < 0.2 * abs(seen(g, 256) - trained).mean()
+
+
+def test_the_viewer_gets_every_step_of_every_sample_and_the_teacher(tiny, tmp_path, monkeypatch):
+    """Against what a model of its flags makes, in the frame of the .ply."""
+    got = []
+    monkeypatch.setattr(sample, "viewer_html", lambda *args: got.append(args) or "<html>")
+    image = pictures(tmp_path)[0]
+    assert not make(monkeypatch, tiny, image, "--out", tmp_path / "out")
+    (title, picture, objects, look), = got
+    assert title == "rgba.png" and picture.size == (16, 16) and set(look) == {
+        "distance", "near", "elevation", "focal", "background"}
+    assert {k: len(v) for k, v in objects.items()} == {"sample 0": 3, "sample 1": 3, "teacher": 1}
+    assert all(g.xyz.shape == (1, 256, 3) for steps in objects.values() for g in steps)
+    written = sample.ply_columns(tmp_path / "out" / "sample_1.ply")
+    assert np.array_equal(written["y"], objects["sample 1"][-1].xyz[0, :, 1])
+
+
+def test_folders_patterns_and_equal_names_overwrite_nothing(tiny, tmp_path, monkeypatch):
+    """Against one folder of results for each picture, and the same bytes as alone."""
+    for name in ("a", "b", "none"):
+        (tmp_path / name).mkdir()
+    pictures(tmp_path / "a")
+    (tmp_path / "a" / "notes.txt").write_text("no picture")
+    shutil.copy(tmp_path / "a" / "photo.jpg", tmp_path / "b" / "rgba.png")
+    monkeypatch.chdir(tmp_path)
+    said = make(monkeypatch, tiny, "a", "b/*.png", "a/rgba.png", "none", "*.jpeg", "gone.png",
+                "--out=all")
+    assert [line.split(":")[1].strip() for line in said] == ["none", "*.jpeg", "gone.png"]
+    made = sorted(p.parent.relative_to("all").as_posix() for p in Path("all").rglob("viewer.html"))
+    assert made == sorted([*(f"a/{p.name}" for p in Path("a").iterdir() if p.suffix != ".txt"),
+                           "b/rgba.png"])
+    assert not make(monkeypatch, tiny, "b/rgba.png")
+    for path in Path("out/rgba").iterdir():
+        assert path.read_bytes() == Path("all/b/rgba.png", path.name).read_bytes()
+    assert not make(monkeypatch, tiny, "a/grey.png", "a/photo.jpg")           # names that differ
+    assert sorted(p.name for p in Path("out").iterdir()) == ["grey", "photo", "rgba"]
+
+
+def test_an_input_is_never_written_over(tiny, tmp_path, monkeypatch):
+    """Against its bytes, where a result would have its name."""
+    path = tmp_path / "x.ply"
+    path.write_bytes(sample.ply_bytes(benchmark_scene(1, 1, 20, 16)[0]) + b"more")
+    shutil.copy(pictures(tmp_path)[0], tmp_path / "input.png")
+    for name, flag in (("x.ply", "--format=ply"), ("input.png", "--seed=1")):
+        before = (tmp_path / name).read_bytes()
+        said, = make(monkeypatch, tiny, tmp_path / name, flag, "--out", tmp_path)
+        assert name in said and (tmp_path / name).read_bytes() == before
+
+
+def test_mp4_is_made_by_ffmpeg_or_refused(tiny, tmp_path, monkeypatch):
+    """Against one that only copies its input, one that fails, and none."""
+    image, bin_ = pictures(tmp_path)[0], tmp_path / "bin"
+    bin_.mkdir()
+    args = [image, "--format=mp4,splat", "--out", tmp_path / "out"]
+    monkeypatch.setenv("PATH", str(bin_))
+    assert "no ffmpeg" in make(monkeypatch, tiny, *args)[0] and not (tmp_path / "out").exists()
+    for script_, size in (("for last; do :; done; /bin/cat > $last", 2 * 16 * 32 * 3),
+                          ("echo no codec >&2; exit 1", None)):
+        (bin_ / "ffmpeg").write_text(f"#!/bin/sh\n{script_}\n")
+        (bin_ / "ffmpeg").chmod(0o755)
+        said = make(monkeypatch, tiny, *args)
+        assert "no codec" in said[0] if size is None else not said
+        if size:
+            assert (tmp_path / "out" / "turntable.mp4").stat().st_size == size
+            assert (tmp_path / "out" / "film.mp4").stat().st_size == 2 * size
+            assert (tmp_path / "out" / "sample_1.splat").exists()
+
+
+def hostile(folder):
+    """A hundred files that are not what they seem; those called ok can be sampled all the same."""
+    rng = np.random.default_rng(0)
+    def noise(*shape):
+        return rng.integers(0, 255, shape, dtype=np.uint8)
+    def write(name, content):
+        (folder / name).write_bytes(content)
+    def saved(image, kind, **more):
+        file = io.BytesIO()
+        image.save(file, kind, **more)
+        return file.getvalue()
+    photo = Image.fromarray(noise(40, 60, 4))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    rgb, clear = photo.convert("RGB"), Image.new("RGBA", (30, 30))
+    write("ok_cmyk.jpg", saved(photo.convert("CMYK"), "JPEG"))
+    write("ok_exif.jpg", saved(rgb, "JPEG", exif=exif))
+    write("ok_odd_exif.jpg", saved(rgb, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff"))
+    write("ok_no_exif.jpg", saved(rgb, "JPEG", exif=b"Exif\0\0nonsense"))
+    write("ok_animated.gif", saved(rgb, "GIF", save_all=True, append_images=[rgb, rgb]))
+    write("ok_deep.png", saved(Image.fromarray(noise(40, 60).astype(np.uint16) * 257), "PNG"))
+    write("ok_float.tiff", saved(Image.fromarray(noise(40, 60).astype(np.float32)), "TIFF"))
+    write("ok_two.png", saved(Image.fromarray(noise(1, 2, 3)), "PNG"))
+    write("ok_bit.png", saved(Image.fromarray(noise(40, 60) > 99), "PNG"))
+    write("ok_key.png", saved(rgb, "PNG", transparency=(0, 0, 0)))
+    write("ok_lies.jpg", saved(rgb, "PNG"))
+    long = np.full((10, 20_000, 3), 255, np.uint8)
+    long[:, 5_000:9_000] = 0
+    write("ok_long.png", saved(Image.fromarray(long), "PNG"))
+    write("ok_tall.png", saved(Image.fromarray(long.swapaxes(0, 1)), "PNG"))
+    write("ok_Grüße 'x' <b>.png", saved(rgb, "PNG"))
+    write("new\nline.png", saved(rgb, "PNG"))
+    write(os.fsdecode(b"no\xff.png"), saved(rgb, "PNG"))
+    write("pixel.png", saved(Image.new("RGB", (1, 1)), "PNG"))
+    write("clear.png", saved(clear, "PNG"))
+    write("white.png", saved(Image.new("RGB", (50, 50), "white"), "PNG"))
+    write("bomb.png", saved(Image.new("1", (12_000, 12_000)), "PNG"))
+    write("huge.png", saved(Image.new("1", (20_000, 20_000)), "PNG"))
+    write("text.png", b"I am a letter, not a picture")
+    write("empty.png", b"")
+    (folder / "gone.png").symlink_to(folder / "nowhere")
+    good = sample.ply_bytes(benchmark_scene(1, 1, 20, 16)[0])
+    header, body = good.split(b"end_header\n")
+    nan = np.frombuffer(body, "<f4").copy()
+    write("ok_some_nan.ply", header + b"end_header\n" + np.where(
+        np.arange(nan.size) < 62, np.nan, nan).astype("<f4").tobytes())
+    write("ok_huge.ply", header + b"end_header\n" + (nan * np.float32(1e3)).tobytes())
+    write("all_nan.ply", header + b"end_header\n" + (nan * np.nan).tobytes())
+    for k, (old, new) in enumerate([
+            (b"vertex 20", b"vertex 21"), (b"vertex 20", b"vertex 99999999999999999999"),
+            (b"vertex 20", b"vertex -1"), (b"vertex 20", b"vertex 0"), (b"vertex 20", b"vertex x"),
+            (b"vertex 20", b"vertex"), (b"vertex 20", b"chunk 20"), (b"little", b"big"),
+            (b"binary_little_endian", b"ascii"), (b"float x", b"float w"), (b"float x", b"float y"),
+            (b"float x", b"half x"), (b"float x", b"list uchar int x"), (b"f_rest_44", b"f_rest_x"),
+            (b"end_header", b"end"), (b"ply\n", b"PLY\n"), (b"float opacity", b"float alpha"),
+            (b"format", b"comment"), (b"element", b"comment"), (b"property", b"comment")]):
+        write(f"lie_{k}.ply", good.replace(old, new))
+    write("long_line.ply", b"ply\n" + b"comment" * 10_000_000)
+    png, jpeg = saved(rgb, "PNG"), saved(rgb, "JPEG")
+    for k in range(20):
+        write(f"random_{k}.{('png', 'jpg', 'ply', 'webp')[k % 4]}", noise(300).tobytes())
+        name, whole = [("png", png), ("jpg", jpeg), ("ply", good)][k % 3]
+        write(f"short_{k}.{name}", whole[:int(len(whole) * rng.uniform(0, .9))])
+    for k in range(20):   # these may well be readable
+        name, whole = [("jpg", jpeg), ("ply", good)][k % 2]
+        bits = np.frombuffer(whole, np.uint8).copy()
+        bits[rng.integers(0, len(bits), 5)] = noise(5)
+        write(f"flip_{k}.{name}", bits.tobytes())
+
+
+def test_a_hundred_hostile_files_cost_one_line_each_and_no_good_one(tiny, tmp_path, monkeypatch,
+                                                                    capsys):
+    """Against tracebacks, silence, and good files left out."""
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    hostile(folder)
+    said = make(monkeypatch, tiny, folder, tmp_path / "none.png", "--out", out, "--samples=1",
+                "--steps=1")
+    made = {p.parent.name for p in out.glob("*/viewer.html")}
+    files = list(folder.iterdir())
+    assert len(files) >= 100 and all(line.startswith("error: ") for line in said)
+    assert all(p.stem in made for p in files if p.name.startswith("ok"))
+    for p in files:
+        lines = sum(p.name in line or repr(p.name)[1:-1] in line for line in said)
+        assert lines == (p.stem not in made), p
+    assert sum("none.png" in line for line in said) == 1 and len(said) == len(files) - len(made) + 1
+    assert not any("Traceback" in text for text in capsys.readouterr())
+    if os.getuid():   # root may write anywhere
+        out.chmod(0o500)
+        assert "cannot write" in make(monkeypatch, tiny, folder / "ok_bit.png", "--out",
+                                      out / "new")[0]
+        out.chmod(0o700)
 
 
 def test_bad_input_is_one_clear_line(trained, cars, tmp_path, monkeypatch):
@@ -2120,10 +2434,7 @@ def test_the_viewer_draws_what_render_draws(viewer):
     for azimuth, elevation, zoom, name, step in views:
         seen = page.view(azimuth=azimuth, elevation=elevation, zoom=zoom, object=name)
         h, w, _ = seen.shape
-        middle = torch.eye(4)
-        middle[2, 3] = LOOK["distance"]
-        w2c = (sample.turn(torch.tensor([math.radians(azimuth)]), LOOK["distance"], elevation)
-               @ middle @ sample.pitch(elevation).mT)                         # upright -> camera
+        w2c = sample.orbit(torch.tensor([math.radians(azimuth)]), dict(LOOK, elevation=elevation))
         f = LOOK["focal"] * zoom * min(h, w)
         cam = Camera(w2c, torch.tensor([[[f, f, w / 2, h / 2]]]), (h, w))
         x_hat, _, _ = render(objects[name][step - 1], cam, torch.tensor([LOOK["background"]]))
