@@ -481,16 +481,19 @@ def missing(root, dataset):
 
 
 def scan(folder, split, alone=True):
-    """One pass over a split's files -> {object: its pictures' names}, and a stamp of all names,
-    sizes and times, by which a packed file is known to be out of date.
+    """One pass over a split's files -> {object: its pictures' names}; a stamp of all names, sizes
+    and times, by which a packed file is known to be out of date; and how many objects are left
+    out, because skip.txt names them or their cameras are not finite.
 
     alone: the folder holds one split. Else every tenth object is for testing, and a single one for
-    both. Left out are objects named in skip.txt, and those whose cameras are not finite.
+    both.
     """
     skip = Path(folder) / "skip.txt"
     skip = skip.read_text().split() if skip.exists() else []
     items = sorted(e.path for e in os.scandir(folder) if e.is_dir() and e.name[0] != ".")
+    found = len(items)
     items = [item for item in items if os.path.basename(item) not in skip]
+    left_out = found - len(items)
     if layout(folder, split):                                           # itself an object
         items = [str(folder)]
     elif not alone:
@@ -502,11 +505,12 @@ def scan(folder, split, alone=True):
     for item in items:
         pictures, files = (layout(item, split) or LAYOUTS["intrinsics.txt"])[0](item, split)
         stamp.update(repr((os.path.basename(item), files)).encode())
-        if pictures:
-            objects[item] = pictures
+        objects[item] = pictures
+    left_out += sum(not pictures for pictures in objects.values())
+    objects = {item: pictures for item, pictures in objects.items() if pictures}
     if not objects:
         fail(f"{folder}: no objects in it; unpack the split again or remove the empty folder")
-    return objects, stamp.hexdigest()[:12]
+    return objects, stamp.hexdigest()[:12], left_out
 
 
 # ---- reading cameras and pictures ----------------------------------------------------------------
@@ -840,7 +844,10 @@ def load(root, dataset, split, size, limit=None, quiet=False):
         missing(root, dataset)
     folder, about = folders[split], DATASETS.get(dataset, OWN)
     alone = list(folders.values()).count(folder) == 1
-    objects, stamp = scan(folder, split, alone)
+    objects, stamp, left_out = scan(folder, split, alone)
+    if left_out and not quiet:
+        print(f"data: {left_out} objects in {folder} are left out: named in its skip.txt, or "
+              "cameras that are not finite")
     name = dataset
     if about is OWN:                                             # two folders may have one name
         folder = folder.resolve()
@@ -864,7 +871,8 @@ def load(root, dataset, split, size, limit=None, quiet=False):
         root=str(folder.parent)))
 
 
-def prepare(dataset, root="data", size=128, n_train=200, n_test=24, seed=0, quiet=False):
+def prepare(dataset, root="data", size=128, n_train=200, n_test=24, seed=0, quiet=False,
+            splits=SPLITS):
     """-> {split: Views}, of the splits that are there. dataset: a name in DATASETS, or the path of
     a folder. Where there are no cars, procedural ones are made, and it says so; n_train, n_test and
     seed are theirs."""
@@ -884,7 +892,8 @@ def prepare(dataset, root="data", size=128, n_train=200, n_test=24, seed=0, quie
         say(f"data: {Path(dataset).name} in {where}{beside}")
     else:
         missing(root, dataset)
-    return {split: load(root, dataset, split, size, limits.get(split), quiet) for split in folders}
+    return {split: load(root, dataset, split, size, limits.get(split), quiet) for split in folders
+            if split in splits}
 
 
 # ---- batches -------------------------------------------------------------------------------------

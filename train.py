@@ -89,6 +89,7 @@ class Config:
     compile: bool = False        # torch.compile the U-Net; it takes minutes, and then less time
     checkpoint: bool = False     # stage 2 keeps only the splats between steps: less memory, slower
     # watching
+    split: str = "test"          # whose objects are evaluated and previewed; paper's ablations: val
     eval_views: int = 50         # target views per test object, evenly spaced; 0 is all
     samples: int = 4             # samples that the row "mean of" averages
     lpips: str = ""              # torchvision's vgg16-397923af.pth; without it LPIPS is not run
@@ -114,7 +115,7 @@ PAPER = dict(size=128, width=96, mult=(1, 2, 2, 2), blocks=3, attn=16, warm_star
 PAPER_ITERS = 100_000, 20_000
 SESSION = {"out", "root", "device", "eval_only", "benchmark", "max_steps", "eval_views", "samples",
            "log_every", "preview_every", "save_every",             # these may change between calls
-           "graph", "compile", "checkpoint", "lpips"}
+           "graph", "compile", "checkpoint", "lpips", "split"}
 
 
 def parse(argv):
@@ -351,7 +352,7 @@ def predictor(network, cfg, background, samples=1):
 
 def results(cfg, splits, out, identity, background):
     """Every row of the table that can be made from what is in `out`; written to results.json."""
-    views, device = splits["test"], cfg.device
+    views, device = splits[cfg.split], cfg.device
     lpips = load_lpips(cfg.lpips, device) if cfg.lpips else None
     train = splits["train"].images
     train = train[:: max(1, len(train) // 4096)]
@@ -363,7 +364,7 @@ def results(cfg, splits, out, identity, background):
         weights = hashlib.sha256(file.read_bytes()).hexdigest()[:12] if file else ""
         about = dict(row=name, weights=weights, data=views.meta["fingerprint"], size=cfg.size,
                      eval_views=cfg.eval_views, seed=cfg.seed, steps=cfg.steps, lpips=bool(lpips))
-        path = out / "scores" / f"{name.replace(',', '').replace(' ', '_')}.jsonl"
+        path = out / "scores" / f"{cfg.split}_{name.replace(',', '').replace(' ', '_')}.jsonl"
         return {**evaluate(predict, views, cfg, name, path, about, lpips), **more}
     rows = {"mean image": score("mean image", lambda x, cam, o: mean.expand(cam.K.shape[1],
                                                                              -1, -1, -1))}
@@ -378,7 +379,7 @@ def results(cfg, splits, out, identity, background):
                                parameters=sum(p.numel() for p in network.parameters()))
     kind = "procedural" if identity["procedural"] else "real"
     sources = sorted({int(test_views(views, o, 1)[0] - views.start[o]) for o in range(len(views))})
-    count = (f"{len(views)} test objects, view {' or '.join(map(str, sources))} in, "
+    count = (f"{len(views)} {cfg.split} objects, view {' or '.join(map(str, sources))} in, "
              f"{cfg.eval_views or 'all'} others out")
     lines = [f"{views.meta['dataset']} ({kind}), {cfg.size}x{cfg.size}, {count}, seed {cfg.seed}",
              f"{'':20}  novel PSNR   SSIM    LPIPS  source PSNR   SSIM    LPIPS   parameters  "
@@ -631,7 +632,7 @@ def train(cfg, splits, out, identity, background):
     device, views, stop, done_here = cfg.device, splits["train"], Stop(), 0
     if device.startswith("cuda") and views.images.nbytes < torch.cuda.mem_get_info()[0] / 3:
         views = views.to(device)                                              # uint8, once
-    test = splits["test"]
+    test = splits[cfg.split]
     state = resume(out / "resume.pt", cfg, identity)
     state["stage"] = max(state["stage"], 1 if cfg.teacher else 0)
     meet()                                         # before anyone writes what another still reads
@@ -844,11 +845,11 @@ def main():
     if RANK > 0:                                                              # 0 makes the data
         meet()
     splits = data.prepare(cfg.dataset, cfg.root, cfg.size, cfg.n_train, cfg.n_test,
-                          cfg.data_seed, quiet=RANK > 0)
+                          cfg.data_seed, quiet=RANK > 0, splits=("train", cfg.split))
     if RANK == 0:
         meet()
-    if "test" not in splits:
-        data.fail(f"{cfg.dataset} in {cfg.root} has no test split to evaluate on; unpack it too")
+    for split in {"train", cfg.split}.difference(splits):
+        data.fail(f"{cfg.dataset} in {cfg.root} has no {split} split; unpack it too")
     meta = splits["train"].meta
     identity = {k: meta[k] for k in ("dataset", "procedural", "fingerprint")}
     out = Path(cfg.out)
