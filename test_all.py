@@ -1952,7 +1952,7 @@ def test_every_training_view_passes_unchanged(cars):
     files += [(path, 64) for path in sorted(SHARED.glob("srn_like_mesh_*/*/*/rgb/*0.png"))]
     for path, size in files:
         pixels, notes = sample.prepare(path, size, (1., 1., 1.))
-        as_trained = data.read_image(path, size, (1., 1., 1.))[0].transpose(1, 2, 0)
+        as_trained = data.resize(data.read_picture(path, (1., 1., 1.)), size)
         assert (pixels == as_trained).all() and not notes, path
     assert len(files) >= 351
 
@@ -2398,8 +2398,10 @@ class Page:
         return np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")) / 255
 
     def view(self, **parts):
-        """Go to an address of the page, shot."""
-        self.js(f"location.hash = {urlencode(dict(turn=0, zoom=1) | parts)!r}")
+        """Go to an address of the page, shot. The page may be about to write its old one, so this
+        does not wait for the browser to tell it."""
+        address = "#" + urlencode(dict(turn=0, zoom=1) | parts)
+        self.js(f"history.replaceState(null, '', {address!r}); read_address()")
         return self.shot()
 
 
