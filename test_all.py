@@ -1925,6 +1925,17 @@ def test_the_weights_that_come_with_the_code_draw_what_they_did(cars, tmp_path):
         assert meta["data"]["procedural"] and "python train.py" in meta["command"]
 
 
+def test_a_picture_of_something_else_is_warned_of(tmp_path):
+    """Against a car that was not trained on, and stripes where a car would be."""
+    stripes = np.full((128, 128, 3), 255, np.uint8)
+    stripes[44:88, 20:108] = np.where(np.arange(88) // 4 % 2, 230, 20)[None, :, None] * [1, .4, .1]
+    Image.fromarray(stripes).save(tmp_path / "stripes.png")
+    said = script("sample", tmp_path / "stripes.png", HERE / "assets/car.png", "--samples=1",
+                  "--views=2", f"--weights={HERE}/weights/cars.pt", f"--out={tmp_path}/out")
+    warnings = [line for line in said.splitlines() if line.startswith("warning")]
+    assert len(warnings) == 1 and "stripes.png" in warnings[0] and "know cars" in warnings[0]
+
+
 def test_sampling_writes_pictures_and_splats_and_repeats_itself(trained, tmp_path):
     """Against constant images, a second run with the same seed, and another seed."""
     out, _ = trained
