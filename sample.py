@@ -46,7 +46,7 @@ from teacher import Teacher
 SIDE, SIDES = 0.67, (0.35, 0.80)                                  # framed to; left as it is
 MIDDLE, MIDDLES = (0.50, 0.54), [(0.40, 0.60), (0.44, 0.64)]      # x, y
 EMPTY = 0.70, 0.95                                                # background; else a warning
-# How well the shipped weights redraw the picture itself tells what they know: on held-out cars 35
+# How well the shipped weights redraw the picture itself tells what they know: on held-out cars 33
 # to 38 dB, on those photographs and 15 views of five other meshes 26 to 32, on chairs 20 to 22.
 STRANGE = 12                                                      # dB below held-out; a warning
 MOST_PIXELS = 50_000_000                                          # of a file: bounds the memory
