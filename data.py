@@ -706,8 +706,8 @@ def list_co3d(folder, split):
         if not path.exists():
             fail(f"{path}: not there; preprocess the sequence again or name it in skip.txt")
     finite = all(np.isfinite(x).all() for x in cameras)
-    return [f"{v:06d}" for v in range(len(cameras[0]) * finite)], [
-        *map(stat, files), stat(folder.parent / "camera_Rs.npz")]
+    files += [folder.parent / f"camera_{x}.npz" for x in ("Rs", "Ts")]
+    return [f"{v:06d}" for v in range(len(cameras[0]) * finite)], [*map(stat, files)]
 
 
 def read_co3d(folder, split, names, background):

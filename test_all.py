@@ -1619,6 +1619,8 @@ def test_flags_have_the_types_of_config():
     assert type(cfg.clip) is float
     paper = train.parse(["--paper", "--dataset", "chairs", "--size=64", "--device=cpu"])
     assert (paper.iters[0], paper.width, paper.batch) == (1_000_001, 96, (8, 100, 10))
+    with pytest.raises(SystemExit, match="--teacher must name"):
+        train.parse(["--iters=(0,5,0)", "--device=cpu"])
     assert paper.size == 64 and train.parse(["--dataset=a/b/", "--device=cpu"]).out == "out/b"
 
 

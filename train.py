@@ -161,6 +161,8 @@ def parse(argv):
         data.fail(f"--weighting={cfg.weighting}: give one of {', '.join(WEIGHTINGS)}")
     if any(len(getattr(cfg, name)) != 3 for name in ("iters", "batch", "lr")):
         data.fail("--iters, --batch and --lr have three numbers each, one a stage")
+    if not (cfg.iters[0] or cfg.teacher or cfg.benchmark):
+        data.fail(f"--iters={cfg.iters}: without a stage 0, --teacher must name a teacher's file")
     if any(n % WORLD for n in cfg.batch):
         data.fail(f"--batch={cfg.batch}: each is shared out to {WORLD} processes; give multiples")
     if cfg.size % 2 ** (len(cfg.mult) - 1):
@@ -362,8 +364,9 @@ def results(cfg, splits, out, identity, background):
     def score(name, predict, file=None, **more):
         """A row of the table, kept object by object in scores/."""
         weights = hashlib.sha256(file.read_bytes()).hexdigest()[:12] if file else ""
-        about = dict(row=name, weights=weights, data=views.meta["fingerprint"], size=cfg.size,
-                     eval_views=cfg.eval_views, seed=cfg.seed, steps=cfg.steps, lpips=bool(lpips))
+        about = dict(row=name, weights=weights, data=views.meta["fingerprint"],
+                     trained_on=identity["fingerprint"], size=cfg.size, eval_views=cfg.eval_views,
+                     seed=cfg.seed, steps=cfg.steps, lpips=bool(lpips))
         path = out / "scores" / f"{cfg.split}_{name.replace(',', '').replace(' ', '_')}.jsonl"
         return {**evaluate(predict, views, cfg, name, path, about, lpips), **more}
     rows = {"mean image": score("mean image", lambda x, cam, o: mean.expand(cam.K.shape[1],
