@@ -24,7 +24,7 @@ import zlib
 from colorsys import hsv_to_rgb
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -73,6 +73,26 @@ def writing(path):
     except OSError as e:
         fail(f"cannot write {path}: {e.strerror or e}; free some disk space or choose another "
              "--root (links to datasets will do there)")
+
+
+@contextmanager
+def one_at_a_time(folder):
+    """A second run that needs the same data waits until the first has made it."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        try:
+            import fcntl
+            lock = os.open(folder, os.O_RDONLY)     # the system frees it even of a killed process
+            stack.callback(os.close, lock)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"data: another run is at work in {folder}; waiting for it", flush=True)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        except (ImportError, OSError):              # Windows, some network folders: no lock
+            pass
+        yield
 
 
 def parallel(function, jobs, title, quiet=False):
@@ -427,7 +447,6 @@ def generate(folder, n_train, n_test, seed, quiet):
     if jobs:
         counts = {split: max(n, found.get(split, 0)) for split, n in wanted.items()}
         with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
             note.with_suffix(".part").write_text(json.dumps({**about, **counts}, indent=1) + "\n")
             note.with_suffix(".part").rename(note)
         parallel(write_car, jobs, f"making cars in {folder}", quiet)
@@ -822,7 +841,6 @@ def pack(objects, split, own, packed, index, size, background, title, quiet):
     start = np.r_[0, count.cumsum()]                                         # (O+1,)
     part, stem = packed.with_suffix(".part"), packed.stem[:-12]
     with writing(part):
-        part.parent.mkdir(parents=True, exist_ok=True)
         for old in part.parent.glob(f"{stem}*"):                 # of files that have changed since
             old.unlink()
         part.write_bytes(b"")
@@ -855,9 +873,11 @@ def load(root, dataset, split, size, limit=None, quiet=False):
     stem = Path(root) / ".cache" / f"{name}_{split}_{size}_{stamp}"
     packed, index = Path(f"{stem}.u8"), Path(f"{stem}.npz")
     views = sum(map(len, objects.values()))
-    if not (index.exists() and packed.exists() and packed.stat().st_size == views * 3 * size ** 2):
-        pack(objects, split, about is OWN, packed, index, size, about["background"],
-             f"packing {folder}", quiet)
+    with one_at_a_time(index.parent):
+        if not (index.exists() and packed.exists()
+                and packed.stat().st_size == views * 3 * size ** 2):
+            pack(objects, split, about is OWN, packed, index, size, about["background"],
+                 f"packing {folder}", quiet)
     with np.load(index, allow_pickle=False) as side:
         side = dict(side)
     start = side["start"][:limit + 1 if limit else None]                     # (O+1,)
@@ -884,7 +904,8 @@ def prepare(dataset, root="data", size=128, n_train=200, n_test=24, seed=0, quie
     if procedural or dataset == "cars" and not folders and not list(own.glob("*/")):
         say(f"data: procedural cars in {own} (seed {seed}), not ShapeNet")
         say(f"      for the real ones {SOURCES} and unpack srn_cars.zip in {root}/")
-        generate(own, n_train, n_test, seed, quiet)
+        with one_at_a_time(own):
+            generate(own, n_train, n_test, seed, quiet)
         folders, limits = find(root, dataset)[0], dict(train=n_train, test=n_test)
     elif folders:
         beside = "; the procedural ones beside it are not used" * (own / "procedural.json").exists()

@@ -1363,6 +1363,23 @@ def test_a_full_disk_and_a_killed_packer_leave_nothing_that_is_used(cars, tmp_pa
     assert torch.equal(views.images, data.load(cars, "cars", "train", 128, quiet=True).images)
 
 
+def test_a_second_run_waits_for_the_data_of_the_first(cars, tmp_path):
+    """Against a process that holds the folder; and the data that one run alone makes."""
+    with data.one_at_a_time(tmp_path / "data/cars"):
+        run = subprocess.Popen([sys.executable, str(HERE / "data.py"), "cars", "--size=128",
+                                f"--root={tmp_path}/data", "--instances_train=2",
+                                "--instances_test=1"], cwd=tmp_path, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True)
+        said = [run.stdout.readline() for _ in range(3)]
+        assert "another run is at work in" in said[-1], said
+        assert not list((tmp_path / "data/cars").iterdir())                   # nothing done so far
+    said += run.communicate()
+    assert run.returncode == 0, said
+    views, one = (data.load(root, "cars", "train", 128, quiet=True)
+                  for root in (tmp_path / "data", cars))
+    assert torch.equal(views.images, one.images)
+
+
 def test_a_worker_process_reports_bad_files_too(cars, tmp_path):
     """Against the same line as without workers, from enough objects to start them."""
     for i in range(8):
