@@ -1687,13 +1687,19 @@ def test_training_leaves_a_table_a_preview_and_the_word_procedural(trained):
     record = json.loads((out / "results.json").read_text())
     rows = record["table"]
     assert list(rows) == ["mean image", "teacher", "stage 1", "stage 2", "stage 2, mean of 2"]
+    mean = rows["stage 2, mean of 2"]
+    assert mean["std"] > 0 and mean["psnr_best"] >= rows["stage 2"]["psnr_novel"]
+    assert f"each object's best {mean['psnr_best']:.2f}" in said
     assert record["data"]["procedural"] is True and record["kind"] == "procedural"
     assert all(np.isfinite(r["psnr_novel"]) and 0 < r["ssim_novel"] <= 1 for r in rows.values())
     assert "procedural" in said and record["lpips"] == "not run" and record["git"]
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert lines[0]["data"]["procedural"] and [(r["stage"], r["step"]) for r in lines[1:]] == [
         (stage, step) for stage in range(3) for step in (1, 2, 3, 4)]
+    assert ["psnr" in r for r in lines[1:]] == [False, True] * 6
     assert np.asarray(Image.open(out / "preview.png")).std() > 10
+    curves = np.asarray(Image.open(out / "curves.png"))
+    assert all((panel < 50).sum() > 100 for panel in np.split(curves[24:, 40:], 3, 1))
     assert load_network(out / "stage_2.pt", Denoiser)[1]["data"]["procedural"]
 
 
@@ -1711,6 +1717,19 @@ def test_interrupted_training_goes_on_bitwise(trained, cars, tmp_path):
     assert [strip(json.loads(r)) for r in logs[0]] == [strip(json.loads(r)) for r in logs[1]]
     rows = [json.loads((d / "results.json").read_text())["table"] for d in (out, tmp_path)]
     assert all(rows[0][k]["psnr_novel"] == rows[1][k]["psnr_novel"] for k in rows[0])
+
+
+def test_a_teacher_is_trained_on(trained, cars, tmp_path):
+    """Against the teacher it begins with: the same after a step of rate 0, and another otherwise."""
+    flags = [*SMALL, f"--root={cars}", f"--out={tmp_path}", f"--init={trained[0]}/teacher.pt"]
+    for lr, same in (0.0, True), (1e-3, False):
+        script("train", *flags, "--iters=(1,0,0)", f"--lr=({lr},0,0)", f"--out={tmp_path}/{lr}")
+        old, new = (load_network(folder / "teacher.pt", Teacher)[0].state_dict()
+                    for folder in (trained[0], tmp_path / str(lr)))
+        assert all(torch.equal(old[k], new[k]) for k in old) == same
+    assert "width=8" in script("train", *flags, "--width=16", ok=False).splitlines()[-1]
+    with pytest.raises(SystemExit, match="--init is where"):
+        train.parse(["--init=a.pt", "--teacher=b.pt", "--device=cpu"])
 
 
 def test_released_weights_take_the_place_of_stage_0(cars, tmp_path):
@@ -1761,11 +1780,11 @@ def test_an_evaluation_goes_on_where_it_stopped(cars, tmp_path):
     cfg = train.Config(size=32, device="cpu", eval_views=6)
     path, drawn = tmp_path / "scores/a.jsonl", []
 
-    def predict(x_src, cam, o, last=9):
-        drawn.append(o)
-        if o > last:
+    def predict(x_src, cam, objects, last=9):
+        drawn.extend(objects)
+        if max(objects) > last:
             raise KeyboardInterrupt
-        return x_src.expand(cam.K.shape[1], -1, -1, -1)
+        return x_src[None, :, None].expand(-1, -1, cam.K.shape[1], -1, -1, -1)
     with pytest.raises(KeyboardInterrupt):
         train.evaluate(functools.partial(predict, last=1), views, cfg, "", path, dict(weights=1))
     with open(path, "a") as file:

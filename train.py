@@ -59,6 +59,7 @@ class Config:
     device: str = ""             # cpu or cuda; "" takes the GPU if there is one
     seed: int = 0
     teacher: str = ""            # its file, a teacher.pt or Splatter Image's: there is no stage 0
+    init: str = ""               # ours: a teacher.pt that stage 0 begins with, to train it on
     n_train: int = 160           # procedural cars to make, if there are no real ones
     n_test: int = 20
     data_seed: int = 0           # of the procedural cars
@@ -79,6 +80,7 @@ class Config:
     ema: float = 0.99            # averaging of weights; the averages are evaluated and kept
     # losses, weights ours: the paper's coefficients are not known
     w_3dgs: float = 1.0          # stage 1: mean square on normalised splats
+    w_3dgs_2: float = 0.0        # the same in stage 2; the paper drops it there
     w_cyc: float = 0.1           # both stages; at 1 it outweighs the images
     weighting: str = "min_snr"   # stage 2: lambda_t, or constant, or noise
     t_star: int = T_STAR         # stage 2 starts above this noise level (paper)
@@ -163,6 +165,8 @@ def parse(argv):
         data.fail("--iters, --batch and --lr have three numbers each, one a stage")
     if not (cfg.iters[0] or cfg.teacher or cfg.benchmark):
         data.fail(f"--iters={cfg.iters}: without a stage 0, --teacher must name a teacher's file")
+    if cfg.init and cfg.teacher:
+        data.fail("--init is where stage 0 begins, --teacher leaves stage 0 out; give one of them")
     if any(n % WORLD for n in cfg.batch):
         data.fail(f"--batch={cfg.batch}: each is shared out to {WORLD} processes; give multiples")
     if cfg.size % 2 ** (len(cfg.mult) - 1):
@@ -233,9 +237,11 @@ def stage_2(denoiser, teacher, x, cam, background, t, eps, cfg):
 
     def frozen(image, K):
         return denoiser.gaussians(functional_call(denoiser, weights, (eps, t_cyc, image)), K)
+    loss_3dgs = F.mse_loss(s_hat, s_teacher)                        # how far the teacher is behind
     loss_image = (lambda_t(t, cfg.weighting) * per_object).mean()
     loss_cyc = cycle_loss(frozen, x, x_hat, cam, background)
-    return dict(loss=loss_image + cfg.w_cyc * loss_cyc, loss_image=loss_image,
+    loss = cfg.w_3dgs_2 * loss_3dgs + loss_image + cfg.w_cyc * loss_cyc
+    return dict(loss=loss, loss_3dgs=loss_3dgs, loss_image=loss_image,
                 loss_cyc=loss_cyc), per_object
 
 
@@ -279,7 +285,8 @@ def test_views(views, o, n_views):
 
 @torch.no_grad()
 def evaluate(predict, views, cfg, title, path, about, lpips=None):
-    """Mean scores over the test set of predict(x_src, cam, object) -> images (V, 3, H, W).
+    """Mean scores over the test set of predict(x_src, cam, objects), as `predictor` makes it: of
+    the mean of its samples and, where there are several, of each object's best.
 
     path: a line for every object, behind a line `about` what was scored on what; objects that are
     in there are not scored again.
@@ -299,7 +306,8 @@ def evaluate(predict, views, cfg, title, path, about, lpips=None):
         for o in tqdm(todo, title, len(views), initial=len(scores), leave=False, mininterval=1):
             index = test_views(views, o, cfg.eval_views)[None]                # (1, V)
             x, cam = (y.to(cfg.device) for y in data.gather(views, index))
-            x, x_hat = x[0], predict(x[:, 0], cam, o)                         # (V, 3, H, W) each
+            samples = predict(x[:, 0], cam, [o])[:, 0]                        # (n, V, 3, H, W)
+            x, x_hat = x[0], samples.mean(0)                                  # (V, 3, H, W) each
             seen = x.flatten(1).amax(1) > 0       # (V,) CO3D: a picture without a mask is all black
             seen[0] = True
             each = dict(psnr=psnr(x_hat, x), ssim=ssim(x_hat, x))             # (V,), source first
@@ -307,10 +315,14 @@ def evaluate(predict, views, cfg, title, path, about, lpips=None):
                 each["lpips"] = lpips(x_hat, x)
             r = {f"{k}_novel": v[1:][seen[1:]].mean().item() for k, v in each.items()}
             r |= {f"{k}_source": v[0].item() for k, v in each.items()}
-            scores[views.names[o]] = {k: round(v, 4) for k, v in r.items()}
+            if len(samples) > 1:
+                novel = samples[:, 1:][:, seen[1:]]                           # (n, V', 3, H, W)
+                r["psnr_best"] = psnr(novel, x[1:][seen[1:]]).mean(1).max().item()
+                r["std"] = novel.std(0).mean().item()
+            scores[views.names[o]] = {k: round(v, 6) for k, v in r.items()}
             file.write(json.dumps({"object": views.names[o], **scores[views.names[o]]}) + "\n")
             file.flush()
-    return {k: round(float(np.nanmean([r[k] for r in scores.values()])), 4)
+    return {k: round(float(np.nanmean([r[k] for r in scores.values()])), 6)
             for k in next(iter(scores.values()))}
 
 
@@ -337,18 +349,22 @@ def load_lpips(path, device):
 
 
 def predictor(network, cfg, background, samples=1):
-    """A network as evaluate's `predict`: the mean of the renderings of its samples."""
-    def predict(x_src, cam, o):
-        images = 0
+    """-> predict(x_src (B, 3, H, W), cam, objects): each sample's renderings (n, B, V, 3, H, W).
+    The noise belongs to the object's number, whatever else is drawn with it."""
+    def noise(o, k):
+        gen = torch.Generator().manual_seed(10**6 * (cfg.seed + 1) + 10**3 * o + k)
+        return torch.randn(S, cfg.size, cfg.size, generator=gen)
+
+    def predict(x_src, cam, objects):
+        images = []
         for k in range(samples):
             if isinstance(network, Teacher):
                 g = network.gaussians(network(x_src[:, None]), cam.K[:, 0])
             else:
-                gen = torch.Generator().manual_seed(10**6 * (cfg.seed + 1) + 10**3 * o + k)
-                eps = torch.randn(1, S, cfg.size, cfg.size, generator=gen).to(x_src.device)
+                eps = torch.stack([noise(o, k) for o in objects]).to(x_src.device)
                 g = network.gaussians(network.sample(x_src, eps, cfg.steps), cam.K[:, 0])
-            images = images + render(g, cam, background)[0][0] / samples      # (V, 3, H, W)
-        return images
+            images.append(render(g, cam, background)[0])                      # (B, V, 3, H, W)
+        return torch.stack(images)
     return predict
 
 
@@ -369,8 +385,8 @@ def results(cfg, splits, out, identity, background):
                      seed=cfg.seed, steps=cfg.steps, lpips=bool(lpips))
         path = out / "scores" / f"{cfg.split}_{name.replace(',', '').replace(' ', '_')}.jsonl"
         return {**evaluate(predict, views, cfg, name, path, about, lpips), **more}
-    rows = {"mean image": score("mean image", lambda x, cam, o: mean.expand(cam.K.shape[1],
-                                                                             -1, -1, -1))}
+    rows = {"mean image": score("mean image", lambda x, cam, _: mean.expand(
+        1, *cam.K.shape[:2], -1, -1, -1))}
     todo = [("teacher", "teacher.pt", Teacher, 1), ("stage 1", "stage_1.pt", Denoiser, 1),
             ("stage 2", "stage_2.pt", Denoiser, 1),
             (f"stage 2, mean of {cfg.samples}", "stage_2.pt", Denoiser, cfg.samples)]
@@ -393,6 +409,9 @@ def results(cfg, splits, out, identity, background):
         lines.append(f"{name:20}  {r['psnr_novel']:10.2f}  {r['ssim_novel']:.3f}  {novel}  "
                      f"{r['psnr_source']:11.2f}  {r['ssim_source']:.3f}  {source}   "
                      f"{r.get('parameters', 0):10,}  {r.get('minutes', 0):7.1f}")
+        if "std" in r:
+            lines.append(f"{cfg.samples} samples: each object's best {r['psnr_best']:.2f}; they "
+                         f"differ by {r['std']:.5f}, standard deviation of a novel view's pixels")
     record = dict(table=rows, config=asdict(cfg), data=identity, kind=kind, seed=cfg.seed,
                   source_views=sources, lpips="vgg" if lpips else "not run",
                   device=device_name(device), git=git_revision())
@@ -401,22 +420,59 @@ def results(cfg, splits, out, identity, background):
 
 
 @torch.no_grad()
-def preview(networks, views, cfg, background, path):
-    """One row per test object: source | truth | each network's rendering of the truth's view."""
-    rows = []
-    for o in range(min(6, len(views))):
-        index = test_views(views, o, 0)
-        index = index[[0, 1 + (37 * (o + 1)) % (len(index) - 1)]][None]       # (1, 2) source, novel
-        x, cam = (y.to(cfg.device) for y in data.gather(views, index))
-        made = [predictor(n, cfg, background)(x[:, 0], cam, o)[1] for n in networks.values()]
-        rows.append(torch.cat([x[0, 0], x[0, 1], *made], -1))                 # (3, H, columns W)
-    sheet = (torch.cat(rows, 1).clamp(0, 1) * 255).byte().permute(1, 2, 0).cpu().numpy()
+def watch(networks, views, cfg, background, path):
+    """Draws preview.png, a row for each of 6 objects: source | truth | each network's rendering of
+    the truth's view. Returns the last network's novel PSNR on 16 objects, for a curve."""
+    def pick(o):
+        i = test_views(views, o, 0)
+        return i[[0, *(1 + (37 * (o + 1) + k * len(i) // 4) % (len(i) - 1) for k in range(4))]]
+    index = torch.stack([pick(o) for o in range(min(16, len(views)))])        # (B, 5) source first
+    x, cam = (y.to(cfg.device) for y in data.gather(views, index))            # (B, 5, 3, H, W)
+    made = [predictor(net, cfg, background)(x[:, 0], cam, range(len(x)))[0]
+            for net in networks.values()]                                     # (B, 5, 3, H, W) each
+    sheet = torch.cat([x[:, 0], x[:, 1], *(m[:, 1] for m in made)], -1)[:6]   # (6, 3, H, columns W)
+    sheet = (sheet.movedim(1, -1).flatten(0, 1).clamp(0, 1) * 255).byte().cpu().numpy()
     zoom = max(1, 128 // cfg.size)                                            # legible
     sheet = np.pad(sheet.repeat(zoom, 0).repeat(zoom, 1), ((16, 0), (0, 0), (0, 0)))
     picture = Image.fromarray(sheet)
     for i, title in enumerate(["source", "truth", *networks]):
         ImageDraw.Draw(picture).text((i * cfg.size * zoom + 4, 2), title, "white")
     write_atomically(path, lambda f: picture.save(f, "PNG"))
+    return psnr(made[-1][:, 1:], x[:, 1:]).mean().item()
+
+
+def curves(log, path):
+    """Draws curves.png, a panel a stage, from log.jsonl. PSNR by step: grey, of training batches;
+    black, of held-out objects; dotted, where the teacher ended."""
+    rows = [r for r in map(json.loads, log.read_text().splitlines()) if "stage" in r]
+    stages, end = sorted({r["stage"] for r in rows}), None
+    held = [r["psnr"] for r in rows if "psnr" in r]
+    low, high = math.floor(min(held)) - 1, math.ceil(max(held)) + 1           # dB
+    W, H, left, top = 320, 260, 40, 24                                        # of a panel
+    sheet = Image.new("L", (left + W * len(stages), top + H + 24), 255)
+    pen = ImageDraw.Draw(sheet)
+    for i, stage in enumerate(stages):
+        mine, x0 = [r for r in rows if r["stage"] == stage], left + W * i
+        steps = mine[-1]["step"]
+
+        def points(pairs):
+            return [(x0 + (W - 20) * step / steps, top + H * (high - max(low, min(high, y)))
+                     / (high - low)) for step, y in pairs]
+        for y in range(low, high + 1, max(1, (high - low) // 8)):
+            (_, v), = points([(0, y)])
+            pen.line([(x0, v), (x0 + W - 20, v)], 230)
+            pen.text((8, v - 6), f"{y:3}", 0)
+        pen.text((x0, 4), f"stage {stage}", 0)
+        pen.text((x0, top + H + 6), f"{steps} steps".rjust(48), 0)
+        mse = [float(np.mean([*r["by_level"].values()] or [r["loss"]])) for r in mine]
+        mse = [np.mean(mse[max(0, k - 4):k + 1]) for k in range(len(mse))]    # of 5 records
+        pen.line(points([(r["step"], -10 * math.log10(m)) for r, m in zip(mine, mse)]), 170)
+        made = points([(r["step"], r["psnr"]) for r in mine if "psnr" in r])
+        pen.line(made, 0, 2)
+        for u in range(x0, x0 + W - 20, 6) if end else ():
+            pen.line([(u, end), (u + 2, end)], 0)
+        end = end or (made[-1][1] if made and stage == 0 else None)
+    write_atomically(path, lambda f: sheet.save(f, "PNG"))
 
 
 # ---- bookkeeping ---------------------------------------------------------------------------------
@@ -650,7 +706,11 @@ def train(cfg, splits, out, identity, background):
         # -- once a stage: the network that learns, its average, its optimiser
         iters, peak = cfg.iters[stage], cfg.lr[stage]
         torch.manual_seed(cfg.seed)
-        if stage == 0:
+        if stage == 0 and cfg.init:
+            network = load_network(cfg.init, Teacher)[0]
+            if network.cfg != shape:
+                data.fail(f"--init={cfg.init}: a {network.cfg}, and here it is a {shape}")
+        elif stage == 0:
             network = Teacher(shape)
         else:
             teacher = load_network(out / "teacher.pt", Teacher, device)[0].requires_grad_(False)
@@ -666,7 +726,7 @@ def train(cfg, splits, out, identity, background):
                     print(f"no warm start: the teacher is {teacher.cfg}, the student {shape}")
             else:
                 network.load_state_dict(load_network(out / "stage_1.pt", Denoiser)[0].state_dict())
-        if cfg.paper and stage < 2 and not (stage and cfg.warm_start):
+        if cfg.paper and stage < 2 and not (cfg.warm_start if stage else cfg.init):
             network.unet.start(cfg.size, **views.meta["start"])
         network.to(device, memory_format=torch.channels_last)                 # convolutions like it
         if WORLD > 1:   # the same to the last bit
@@ -710,7 +770,8 @@ def train(cfg, splits, out, identity, background):
             state["minutes"][stage] += (time.time() - began) / 60
             began = time.time()
             last, asked = step == iters - 1, stop.asked or 0 < cfg.max_steps <= done_here
-            logged = (step + 1) % cfg.log_every == 0 or last
+            shown = (step + 1) % cfg.preview_every == 0 or last
+            logged = (step + 1) % cfg.log_every == 0 or shown
             if WORLD > 1:   # processes stop together, where they meet anyway
                 asked = logged and float(on_all(float(asked), device)) > 0
             if logged:
@@ -720,13 +781,15 @@ def train(cfg, splits, out, identity, background):
                 rate = (bar.format_dict["rate"] or 0.0) * cfg.batch[stage] * cfg.views   # rendered
                 bins = {} if stage == 0 else {f"t{20 * k}-{20 * k + 19}": total[k] / count[k]
                                               for k in range(T // 20) if count[k]}
+                if shown and RANK == 0:
+                    nets = {"teacher": teacher or average, **({"ours": average} if stage else {})}
+                    record["psnr"] = watch(nets, test, cfg, background, out / "preview.png")
                 log(stage=stage, step=step + 1, **record, by_level=bins, grad_norm=float(norm),
                     skipped=state["skipped"], images_per_s=rate)
+                if shown and RANK == 0:
+                    curves(log.path, out / "curves.png")
                 bar.set_postfix_str(f"loss {record['loss']:.4f}, {rate:.0f} img/s")
                 levels.zero_()
-            if ((step + 1) % cfg.preview_every == 0 or last) and RANK == 0:
-                shown = {"teacher": teacher or average, **({"ours": average} if stage else {})}
-                preview(shown, test, cfg, background, out / "preview.png")
             if ((step + 1) % cfg.save_every == 0 or asked) and RANK == 0:
                 save(step + 1)
             if asked and not last:
@@ -879,8 +942,8 @@ def main():
     if RANK > 0:
         return
     print(results(cfg, splits, out, identity, background))
-    print(f"{(time.time() - began) / 60:.1f} minutes; {out}/: preview.png results.json log.jsonl "
-          f"scores teacher.pt stage_1.pt stage_2.pt\n"
+    print(f"{(time.time() - began) / 60:.1f} minutes; {out}/: preview.png curves.png results.json "
+          f"log.jsonl scores teacher.pt stage_1.pt stage_2.pt\n"
           f"now: python sample.py <picture of a car>")
 
 
