@@ -276,11 +276,11 @@ WEIGHTINGS = {"min_snr":  lambda a: (a / (1 - a)).clamp(max=5),    # less, the m
               "noise":    lambda a: 1 - a}                         # more
 
 
-def lambda_t(t, kind="min_snr"):
+def lambda_t(t, kind="min_snr", t_star=T_STAR):
     """Weight of the rendering loss by noise level, mean 1 over t > t*. The paper weighs by t and
     does not say how; min(SNR, 5) is our choice (Hang et al. 2023)."""
     weight = WEIGHTINGS[kind]
-    return weight(alpha_bar(t)) / weight(alpha_bar(torch.arange(T_STAR + 1, T))).mean().item()
+    return weight(alpha_bar(t)) / weight(alpha_bar(torch.arange(t_star + 1, T))).mean().item()
 
 
 class Denoiser(nn.Module):

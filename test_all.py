@@ -8,6 +8,7 @@ import base64
 import functools
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -1618,14 +1619,16 @@ def test_a_stage_returns_finite_losses_and_trains_only_the_student(stage):
     losses["loss"].backward()
     assert all(v.isfinite() for v in losses.values()) and per_object.shape == (2,)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in denoiser.parameters())
-    assert ("loss_3dgs" in losses) == (stage == 1)
+    w = cfg.w_3dgs if stage == 1 else 0                # the paper drops it in stage 2
+    want = w * losses["loss_3dgs"] + losses["loss_image"] + cfg.w_cyc * losses["loss_cyc"]
+    torch.testing.assert_close(losses["loss"], want)
 
 
 def test_the_weights_of_noise_levels_average_to_one():
     """Against the mean over the levels that stage 2 starts from; min(SNR, 5) falls with t."""
+    for kind, t_star in itertools.product(("min_snr", "constant", "noise"), (0, T_STAR, T - 2)):
+        assert abs(lambda_t(torch.arange(t_star + 1, T), kind, t_star).mean() - 1) < 1e-5
     t = torch.arange(T_STAR + 1, T)
-    for kind in ("min_snr", "constant", "noise"):
-        assert abs(lambda_t(t, kind).mean() - 1) < 1e-5
     assert (lambda_t(t).diff() <= 0).all() and (lambda_t(t, "noise").diff() >= 0).all()
 
 
@@ -1730,6 +1733,8 @@ def test_a_teacher_is_trained_on(trained, cars, tmp_path):
     assert "width=8" in script("train", *flags, "--width=16", ok=False).splitlines()[-1]
     with pytest.raises(SystemExit, match="--init is where"):
         train.parse(["--init=a.pt", "--teacher=b.pt", "--device=cpu"])
+    with pytest.raises(SystemExit, match="--t_star=99: give 0 to 98"):
+        train.parse(["--t_star=99", "--device=cpu"])
 
 
 def test_released_weights_take_the_place_of_stage_0(cars, tmp_path):

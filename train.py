@@ -167,6 +167,8 @@ def parse(argv):
         data.fail(f"--iters={cfg.iters}: without a stage 0, --teacher must name a teacher's file")
     if cfg.init and cfg.teacher:
         data.fail("--init is where stage 0 begins, --teacher leaves stage 0 out; give one of them")
+    if not 0 <= cfg.t_star < T - 1:
+        data.fail(f"--t_star={cfg.t_star}: give 0 to {T - 2}")
     if any(n % WORLD for n in cfg.batch):
         data.fail(f"--batch={cfg.batch}: each is shared out to {WORLD} processes; give multiples")
     if cfg.size % 2 ** (len(cfg.mult) - 1):
@@ -238,7 +240,7 @@ def stage_2(denoiser, teacher, x, cam, background, t, eps, cfg):
     def frozen(image, K):
         return denoiser.gaussians(functional_call(denoiser, weights, (eps, t_cyc, image)), K)
     loss_3dgs = F.mse_loss(s_hat, s_teacher)                        # how far the teacher is behind
-    loss_image = (lambda_t(t, cfg.weighting) * per_object).mean()
+    loss_image = (lambda_t(t, cfg.weighting, cfg.t_star) * per_object).mean()
     loss_cyc = cycle_loss(frozen, x, x_hat, cam, background)
     loss = cfg.w_3dgs_2 * loss_3dgs + loss_image + cfg.w_cyc * loss_cyc
     return dict(loss=loss, loss_3dgs=loss_3dgs, loss_image=loss_image,
