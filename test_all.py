@@ -1624,6 +1624,22 @@ def test_a_stage_returns_finite_losses_and_trains_only_the_student(stage):
     torch.testing.assert_close(losses["loss"], want)
 
 
+def test_every_step_is_judged_where_that_is_asked_for():
+    """Against renderings of what `denoise` yields: the last step's error, or the mean of all."""
+    torch.manual_seed(0)
+    x, cam, white = scene_batch()
+    teacher, denoiser = Teacher(TINY), Denoiser(TINY)
+    t, eps = torch.tensor([99, 99]), random_splats()
+    s_t = add_noise(normalise(teacher(x[:, :1], cam), denoiser.stats), t, eps)
+    errors = [train.image_loss(render(denoiser.gaussians(s, cam.K[:, 0]), cam, white)[0], x)
+              for s in denoise(denoiser, s_t, t, x[:, 0], 3)]                 # 3 x (B,)
+    for every, want in (False, errors[-1]), (True, torch.stack(errors).mean(0)):
+        _, got = train.stage_2(denoiser, teacher, x, cam, white, t, eps,
+                               train.Config(steps=3, every_step=every))
+        torch.testing.assert_close(got, want)
+    assert (errors[0] - errors[2]).abs().min() > 1e-5
+
+
 def test_the_weights_of_noise_levels_average_to_one():
     """Against the mean over the levels that stage 2 starts from; min(SNR, 5) falls with t."""
     for kind, t_star in itertools.product(("min_snr", "constant", "noise"), (0, T_STAR, T - 2)):

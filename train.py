@@ -81,6 +81,7 @@ class Config:
     # losses, weights ours: the paper's coefficients are not known
     w_3dgs: float = 1.0          # stage 1: mean square on normalised splats
     w_3dgs_2: float = 0.0        # the same in stage 2; the paper drops it there
+    every_step: bool = False     # ours: stage 2 renders each step's splats, not only the last
     w_cyc: float = 0.1           # both stages; at 1 it outweighs the images
     weighting: str = "min_snr"   # stage 2: lambda_t, or constant, or noise
     t_star: int = T_STAR         # stage 2 starts above this noise level (paper)
@@ -231,9 +232,12 @@ def stage_2(denoiser, teacher, x, cam, background, t, eps, cfg):
         s_teacher = normalise(teacher(x[:, :1], cam), denoiser.stats)         # (B, 24, H, W)
     s_t = add_noise(s_teacher, t, eps)
     again = functools.partial(checkpoint, denoiser, use_reentrant=False, preserve_rng_state=False)
-    *_, s_hat = denoise(again if cfg.checkpoint else denoiser, s_t, t, x[:, 0], cfg.steps)
+    *early, s_hat = denoise(again if cfg.checkpoint else denoiser, s_t, t, x[:, 0], cfg.steps)
     x_hat, _, _ = render(denoiser.gaussians(s_hat, cam.K[:, 0]), cam, background)
     per_object = image_loss(x_hat, x)                                         # (B,)
+    if cfg.every_step:   # otherwise long training makes of the early splats what it likes
+        images = [render(denoiser.gaussians(s, cam.K[:, 0]), cam, background)[0] for s in early]
+        per_object = sum([image_loss(y, x) for y in images], per_object) / cfg.steps
     weights = {k: v.detach() for k, v in denoiser.named_parameters()}         # today's, but frozen
     t_cyc = torch.full_like(t, T - 1)                               # ours: once, from noise
 
