@@ -557,6 +557,7 @@ def load_networks(a):
     path = Path(a.weights) if a.weights else pick_weights()
     denoiser, meta = load_network(path, Denoiser, a.device)
     denoiser.to(memory_format=torch.channels_last)   # half the time on a CPU
+    a.steps = a.steps or meta.get("steps", STEPS)    # with others the last is not the best
     kind = "procedural" if meta["data"]["procedural"] else "real"
     print(f"weights: {path} ({meta['dataset']}, {kind}, {denoiser.cfg.size} pixels)")
     teacher = None
@@ -580,7 +581,7 @@ def arguments():
         "each has a folder in it")
     add("--samples", metavar="N", type=int, default=4, help="how many of each picture; default 4")
     add("--seed", metavar="N", type=int, default=0, help="another seed, other samples; default 0")
-    add("--steps", metavar="N", type=int, default=STEPS, help=f"DDIM steps; default {STEPS}")
+    add("--steps", metavar="N", type=int, help="DDIM steps; default: as many as in training")
     add("--format", default="", metavar="A,B", help="of the animations: webp, gif or, where there "
         "is ffmpeg, mp4; of the splats: ply, splat or both; default webp,ply")
     add("--views", metavar="N", type=int, default=36, help="frames of one turn; default 36")
@@ -598,7 +599,7 @@ def check(a):
     for name, (least, most) in dict(samples=(1, 1000), steps=(1, T - 1), views=(1, 1000),
                                     fps=(1, 100), size=(1, 2048), seed=(0, 2 ** 63 - 1),
                                     elevation=(-90, 90)).items():
-        if not least <= getattr(a, name) <= most:
+        if getattr(a, name) is not None and not least <= getattr(a, name) <= most:
             data.fail(f"--{name} {getattr(a, name)}: give {least} to {most}")
     if a.samples * a.size > 16383:   # what WebP can hold
         data.fail(f"--samples {a.samples} --size {a.size}: together more than 16383 pixels wide; "

@@ -1739,7 +1739,7 @@ def test_interrupted_training_goes_on_bitwise(trained, cars, tmp_path):
 
 
 def test_a_teacher_is_trained_on(trained, cars, tmp_path):
-    """Against the teacher it begins with: the same after a step of rate 0, and another otherwise."""
+    """Against the teacher it begins with: the same after a rate of 0, and another otherwise."""
     flags = [*SMALL, f"--root={cars}", f"--out={tmp_path}", f"--init={trained[0]}/teacher.pt"]
     for lr, same in (0.0, True), (1e-3, False):
         script("train", *flags, "--iters=(1,0,0)", f"--lr=({lr},0,0)", f"--out={tmp_path}/{lr}")
@@ -2013,6 +2013,26 @@ def test_sampling_writes_pictures_and_splats_and_repeats_itself(trained, tmp_pat
     for name in made:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert (tmp_path / "a" / made[3]).read_bytes() != (tmp_path / "c" / made[3]).read_bytes()
+
+
+def test_sampling_takes_the_steps_of_training_or_those_it_is_given(trained, cars, tmp_path,
+                                                                   monkeypatch):
+    """Against --steps=3, which trained, and --steps=1; the table may be made with others, too."""
+    image, out = pictures(tmp_path)[0], shutil.copytree(trained[0], tmp_path / "out")
+    plys = []
+    for k, more in enumerate([[], ["--steps=3"], ["--steps=1"]]):
+        monkeypatch.setattr(sys, "argv", [
+            "sample.py", str(image), f"--weights={out}/stage_2.pt", f"--out={tmp_path}/{k}",
+            "--samples=1", "--views=2", "--size=16", "--device=cpu", *more])
+        sample.main()
+        plys.append((tmp_path / str(k) / "sample_0.ply").read_bytes())
+    assert plys[0] == plys[1] != plys[2]
+    rows = lambda: json.loads((out / "results.json").read_text())["table"]
+    three = rows()
+    script("train", *SMALL, f"--root={cars}", f"--out={out}", "--eval_only", "--steps=1")
+    assert rows()["teacher"] == three["teacher"] and rows()["stage 2"] != three["stage 2"]
+    assert "steps: 3 -> 1" in script("train", *SMALL, f"--root={cars}", f"--out={out}", "--steps=1",
+                                     ok=False)
 
 
 def test_every_training_view_passes_unchanged(cars):

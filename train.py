@@ -500,7 +500,7 @@ def device_name(device):
 def provenance(cfg, views, identity, **more):
     """What is written beside weights: plain values."""
     return dict(dataset=cfg.dataset, data=identity, K=views.K[0].tolist(), seed=cfg.seed,
-                background=list(views.meta["background"]), git=git_revision(),
+                steps=cfg.steps, background=list(views.meta["background"]), git=git_revision(),
                 device=f"{WORLD} x {device_name(cfg.device)}", **more)
 
 
@@ -680,7 +680,8 @@ def resume(path, cfg, identity):
     if not path.exists():
         return dict(stage=0, step=0, skipped=0, minutes=[0.0, 0.0, 0.0])
     state = load_checkpoint(path, ("stage", "step", "config", "data"))
-    old, new = ({k: v for k, v in c.items() if k not in SESSION}
+    free = SESSION | {"steps"} if cfg.eval_only else SESSION     # sampling may take other steps
+    old, new = ({k: v for k, v in c.items() if k not in free}
                 for c in (state["config"], asdict(cfg)))
     changed = [f"{k}: {old.get(k)} -> {new[k]}" for k in new
                if old.get(k, new[k]) != new[k]]                  # unknown then: what it is now
