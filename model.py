@@ -271,14 +271,14 @@ def denoise(denoiser, s_t, t, x_src, steps=STEPS):
         s_t = ddim_step(s_t, s_hat, now, then)
 
 
-WEIGHTINGS = {"min_snr":  lambda a: (a / (1 - a)).clamp(max=5),    # less, the more noise
+WEIGHTINGS = {"noise":    lambda a: 1 - a,                         # more, the more noise
               "constant": torch.ones_like,
-              "noise":    lambda a: 1 - a}                         # more
+              "min_snr":  lambda a: (a / (1 - a)).clamp(max=5)}    # less: Hang et al. 2023
 
 
-def lambda_t(t, kind="min_snr", t_star=T_STAR):
+def lambda_t(t, kind="noise", t_star=T_STAR):
     """Weight of the rendering loss by noise level, mean 1 over t > t*. The paper weighs by t and
-    does not say how; min(SNR, 5) is our choice (Hang et al. 2023)."""
+    does not say how; 1 - alpha_bar is our choice, because sampling begins where it is 1."""
     weight = WEIGHTINGS[kind]
     return weight(alpha_bar(t)) / weight(alpha_bar(torch.arange(t_star + 1, T))).mean().item()
 

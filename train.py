@@ -83,7 +83,7 @@ class Config:
     w_3dgs_2: float = 0.0        # the same in stage 2; the paper drops it there
     every_step: bool = False     # ours: stage 2 renders each step's splats, not only the last
     w_cyc: float = 0.1           # both stages; at 1 it outweighs the images
-    weighting: str = "min_snr"   # stage 2: lambda_t, or constant, or noise
+    weighting: str = "noise"     # stage 2: lambda_t, or constant, or min_snr
     t_star: int = T_STAR         # stage 2 starts above this noise level (paper)
     steps: int = 5               # DDIM steps unrolled in stage 2 and when sampling; paper: 10
     # speed; the same training, but for the rounding of bf16
