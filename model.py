@@ -278,7 +278,7 @@ WEIGHTINGS = {"noise":    lambda a: 1 - a,                         # more, the m
 
 def lambda_t(t, kind="noise", t_star=T_STAR):
     """Weight of the rendering loss by noise level, mean 1 over t > t*. The paper weighs by t and
-    does not say how; 1 - alpha_bar is our choice, because sampling begins where it is 1."""
+    does not say how. With 1 - alpha_bar the weight lies where sampling begins."""
     weight = WEIGHTINGS[kind]
     return weight(alpha_bar(t)) / weight(alpha_bar(torch.arange(t_star + 1, T))).mean().item()
 
