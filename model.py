@@ -276,7 +276,7 @@ WEIGHTINGS = {"noise":    lambda a: 1 - a,                         # more, the m
               "min_snr":  lambda a: (a / (1 - a)).clamp(max=5)}    # less: Hang et al. 2023
 
 
-def lambda_t(t, kind="noise", t_star=T_STAR):
+def lambda_t(t, kind, t_star=T_STAR):
     """Weight of the rendering loss by noise level, mean 1 over t > t*. The paper weighs by t and
     does not say how. With 1 - alpha_bar the weight lies where sampling begins."""
     weight = WEIGHTINGS[kind]

@@ -110,7 +110,7 @@ GPU = dict(n_train=2000, n_test=200, size=128, width=64, mult=(1, 2, 2, 2), attn
            iters=(20000, 5000, 2000), batch=(32, 32, 10), lr=(5e-4, 1e-4, 5e-5), views=4,
            warmup=500, ema=0.999, steps=STEPS, eval_views=0, log_every=50,
            preview_every=500, save_every=500, bf16=True, graph=True,
-           weighting="noise")      # a good teacher wants that one: assets/results.md
+           weighting="noise")      # better in longer runs: assets/results.md, 3
 # What the paper says, and where it is silent Splatter Image: its teacher is --width=128 --blocks=4.
 # The numbers of steps of stages 1 and 2 are ours; those of stage 0 stand in data.DATASETS.
 PAPER = dict(size=128, width=96, mult=(1, 2, 2, 2), blocks=3, attn=16, warm_start=False, views=4,
@@ -237,8 +237,9 @@ def stage_2(denoiser, teacher, x, cam, background, t, eps, cfg):
     x_hat, _, _ = render(denoiser.gaussians(s_hat, cam.K[:, 0]), cam, background)
     per_object = image_loss(x_hat, x)                                         # (B,)
     if cfg.every_step:   # otherwise long training makes of the early splats what it likes
-        images = [render(denoiser.gaussians(s, cam.K[:, 0]), cam, background)[0] for s in early]
-        per_object = sum([image_loss(y, x) for y in images], per_object) / cfg.steps
+        images = [render(denoiser.gaussians(s, cam.K[:, 0]), cam, background)[0]
+                  for s in early]                                             # (B, V, 3, H, W) each
+        per_object = sum([image_loss(y, x) for y in images], per_object) / cfg.steps   # (B,)
     weights = {k: v.detach() for k, v in denoiser.named_parameters()}         # today's, but frozen
     t_cyc = torch.full_like(t, T - 1)                               # ours: once, from noise
 
