@@ -1624,6 +1624,19 @@ def test_a_stage_returns_finite_losses_and_trains_only_the_student(stage):
     torch.testing.assert_close(losses["loss"], want)
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_cycle_of_weight_0_costs_nothing(stage, monkeypatch):
+    """Against a cycle that fails when it is computed."""
+    x, cam, white = scene_batch()
+    monkeypatch.delattr(train, "cycle_loss")
+    lose = lambda w_cyc: (train.stage_1, train.stage_2)[stage - 1](
+        Denoiser(TINY), Teacher(TINY), x, cam, white, torch.tensor([30, 99]), random_splats(),
+        train.Config(steps=1, w_cyc=w_cyc))[0]
+    assert lose(0.0)["loss_cyc"] == 0
+    with pytest.raises(NameError):
+        lose(0.1)
+
+
 def test_every_step_is_judged_where_that_is_asked_for():
     """Against renderings of what `denoise` yields: the last step's error, or the mean of all."""
     torch.manual_seed(0)

@@ -220,7 +220,7 @@ def stage_1(denoiser, teacher, x, cam, background, t, eps, cfg):
     frozen = lambda image, K: teacher.gaussians(teacher(image[:, None]), K)
     loss_3dgs = F.mse_loss(s_hat, s_teacher)
     loss_image = per_object.mean()
-    loss_cyc = cycle_loss(frozen, x, x_hat, cam, background)
+    loss_cyc = cycle_loss(frozen, x, x_hat, cam, background) if cfg.w_cyc else x.new_zeros(())
     loss = cfg.w_3dgs * loss_3dgs + loss_image + cfg.w_cyc * loss_cyc
     return dict(loss=loss, loss_3dgs=loss_3dgs, loss_image=loss_image,
                 loss_cyc=loss_cyc), per_object
@@ -247,7 +247,7 @@ def stage_2(denoiser, teacher, x, cam, background, t, eps, cfg):
         return denoiser.gaussians(functional_call(denoiser, weights, (eps, t_cyc, image)), K)
     loss_3dgs = F.mse_loss(s_hat, s_teacher)                        # how far the teacher is behind
     loss_image = (lambda_t(t, cfg.weighting, cfg.t_star) * per_object).mean()
-    loss_cyc = cycle_loss(frozen, x, x_hat, cam, background)
+    loss_cyc = cycle_loss(frozen, x, x_hat, cam, background) if cfg.w_cyc else x.new_zeros(())
     loss = cfg.w_3dgs_2 * loss_3dgs + loss_image + cfg.w_cyc * loss_cyc
     return dict(loss=loss, loss_3dgs=loss_3dgs, loss_image=loss_image,
                 loss_cyc=loss_cyc), per_object
