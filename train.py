@@ -82,7 +82,7 @@ class Config:
     w_3dgs: float = 1.0          # stage 1: mean square on normalised splats
     w_3dgs_2: float = 0.0        # the same in stage 2; the paper drops it there
     every_step: bool = False     # ours: stage 2 renders each step's splats, not only the last
-    w_cyc: float = 0.1           # both stages; at 1 it outweighs the images
+    w_cyc: float = 0.1           # both stages; at 1 it outweighs the images, at 0 it is left out
     weighting: str = "min_snr"   # stage 2: lambda_t, or constant, or noise
     t_star: int = T_STAR         # stage 2 starts above this noise level (paper)
     steps: int = 5               # DDIM steps unrolled in stage 2 and when sampling; paper: 10
