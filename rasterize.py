@@ -413,8 +413,9 @@ def benchmark_scene(B, V, N, size, device="cpu"):
     return g.to(device), Camera(invert_pose(c2w), K, (h, w)).to(device)
 
 
-def milliseconds(f, device, budget=3000):
-    """Median, least and most of as many calls as fit the budget, after one to warm up."""
+def milliseconds(f, device, budget=3000, calls=None):
+    """Median, least and most of as many calls as fit the budget, or of `calls`, after one to warm
+    up."""
     def once():
         start = time.perf_counter()
         f()
@@ -422,10 +423,10 @@ def milliseconds(f, device, budget=3000):
             torch.cuda.synchronize()
         return 1e3 * (time.perf_counter() - start)
     times = [once()]
-    while device == "cpu" and sum(times) < budget:
+    while device == "cpu" and (len(times) <= calls if calls else sum(times) < budget):
         times.append(once())
     if device == "cuda":   # by the device's own clock, with calls following each other closely
-        n = max(5, min(100, int(budget / 3 / once())))
+        n = calls or max(5, min(100, int(budget / 3 / once())))
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(n + 1)]
         marks[0].record()
         for mark in marks[1:]:

@@ -10,7 +10,7 @@ Run the same command again to go on after an interruption: every number comes ou
     stage 2   multi-step: unroll the denoiser, render well, and leave the teacher behind
 What the paper does not say is marked *ours*. Several GPUs, and what a step costs:
     torchrun --standalone --nproc_per_node=2 train.py --dataset cars
-    python train.py --benchmark
+    python train.py --benchmark               # works behind torchrun, too
 """
 import ast
 import functools
@@ -839,8 +839,9 @@ def by_gsplat(g, cam, background):
     return *gsplat(g, cam, background.expand(len(g.xyz), 3), 8), None
 
 
-def benchmark(cfg):
-    """One table: a step of each stage, run in several ways, on random weights and images."""
+def benchmark(cfg, say):
+    """One table: a step of each stage, run in several ways, on random weights and images. With
+    several GPUs, --batch and img/s are of all together, TFLOP/s and MiB of one."""
     global render   # what the losses draw with
     cuda, shape = cfg.device.startswith("cuda"), ModelConfig(cfg.size, cfg.width, cfg.mult,
                                                              cfg.blocks, cfg.attn)
@@ -851,15 +852,17 @@ def benchmark(cfg):
     if cuda:
         ways |= {"captured": graph, "captured, checkpoint": dict(graph, checkpoint=True)}
         ways |= {"captured, compiled": dict(graph=True)} if cfg.compile else {}
+    if WORLD > 1:   # enough to compare with the table of one GPU
+        ways = {way: ways[way] for way in ("eager", list(ways)[-1])}
     images = torch.randint(256, (4 * cfg.views, 3, cfg.size, cfg.size), dtype=torch.uint8)
     _, cam = benchmark_scene(4, cfg.views, 1, cfg.size)
     views = data.Views(images, invert_pose(cam.w2c).flatten(0, 1), cam.K.flatten(0, 1),
                        torch.arange(5) * cfg.views, [""] * 4, dict(size=cfg.size)).to(cfg.device)
     background = torch.ones(3, device=cfg.device)
-    print(f"{device_name(cfg.device)}; {cfg.size}x{cfg.size}, U-Net {cfg.width} x {cfg.mult}, "
-          f"{cfg.blocks} blocks, bf16={cfg.bf16}, {cfg.views} views, {cfg.steps} steps; medians\n"
-          f"{'':37}{'batch':>6}{'parameters':>12}{'ms/step':>10}{'speed-up':>10}{'img/s':>9}"
-          f"{'TFLOP/s':>9}{'MiB':>8}{'rendering':>11}")
+    say(f"{device_name(cfg.device)}; {cfg.size}x{cfg.size}, U-Net {cfg.width} x {cfg.mult}, "
+        f"{cfg.blocks} blocks, bf16={cfg.bf16}, {cfg.views} views, {cfg.steps} steps; medians\n"
+        f"{'':37}{'batch':>6}{'parameters':>12}{'ms/step':>10}{'speed-up':>10}{'img/s':>9}"
+        f"{'TFLOP/s':>9}{'MiB':>8}{'rendering':>11}")
     for stage in [stage for stage in range(3) if cfg.iters[stage]]:
         reference = flops = None
         for way, flags in ways.items():
@@ -892,12 +895,13 @@ def benchmark(cfg):
                 ours = sum(e.device_time for e in kernels if e.name.startswith(
                     ("project_", "bin_kernel", "blend_", "void sort_kernel")))
                 share = f"{100 * ours / sum(e.device_time for e in kernels):9.1f} %"
-            ms, _, _ = milliseconds(lambda: step(*batch), "cuda" if cuda else "cpu", 2000)
+            ms, _, _ = milliseconds(lambda: step(*batch), "cuda" if cuda else "cpu", 2000,
+                                    20 if WORLD > 1 else None)   # in step with each other
             reference, n = reference or ms, sum(p.numel() for p in network.parameters())
             memory = torch.cuda.max_memory_reserved() / 2 ** 20 if cuda else 0
-            print(f"stage {stage}, {way:28}{cfg.batch[stage]:6}{n:12,}{ms:10.2f}"
-                  f"{reference / ms:9.2f}x{1e3 * cfg.batch[stage] * cfg.views / ms:9.0f}"
-                  f"{1e-9 * flops / ms:9.2f}{memory:8.0f}{share}", flush=True)
+            say(f"stage {stage}, {way:28}{cfg.batch[stage]:6}{n:12,}{ms:10.2f}"
+                f"{reference / ms:9.2f}x{1e3 * cfg.batch[stage] * cfg.views / ms:9.0f}"
+                f"{1e-9 * flops / ms:9.2f}{memory:8.0f}{share}", flush=True)
             step = network = teacher = None
             if cuda:
                 torch.cuda.empty_cache()
@@ -912,11 +916,11 @@ def main():
         f"{'a GPU' if cuda else 'a CPU'} (--help lists the flags)")
     if (cfg.graph or cfg.compile) and not cuda:
         data.fail("--graph and --compile need a GPU; leave them out")
-    if cfg.benchmark:
-        return benchmark(cfg)
     if WORLD > 1:
         torch.cuda.set_device(cfg.device) if cuda else None
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
+    if cfg.benchmark:
+        return benchmark(cfg, say)
     if RANK > 0:                                                              # 0 makes the data
         meet()
     splits = data.prepare(cfg.dataset, cfg.root, cfg.size, cfg.n_train, cfg.n_test,
