@@ -1866,6 +1866,16 @@ def test_two_processes_train_like_one_and_one_goes_on(trained, cars, tmp_path):
                 assert both[k] == pytest.approx(one[k], rel=1e-2), (k, one, both)
 
 
+def test_two_processes_time_their_steps_together_and_one_speaks():
+    """Against a table for each, or two that wait for each other for ever."""
+    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                          "--nproc_per_node=2", str(HERE / "train.py"), *SMALL, "--benchmark"],
+                         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+                         capture_output=True, text=True, timeout=300)
+    rows = [line.split(",")[0] for line in run.stdout.splitlines() if line.startswith("stage")]
+    assert rows == ["stage 0", "stage 1", "stage 2"], run.stdout + run.stderr
+
+
 def small_step(device, stages=(0, 1, 2), **flags):
     """-> losses of 20 steps of these stages on random images, by make_step."""
     given = dict(size=16, width=16, mult=(1, 2), attn=8, batch=(4, 4, 2), views=2, steps=3,
@@ -1901,6 +1911,25 @@ def test_a_captured_step_trains_like_an_eager_one(bf16, compiled):
     torch.testing.assert_close(small_step("cuda", graph=True, compile=compiled, **flags),
                                small_step("cuda", **flags),
                                rtol=0.05 if bf16 or compiled else 5e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+def test_samples_drawn_together_are_those_drawn_one_by_one(device):
+    """Against `Denoiser.sample`, an object and a sample at a time; on a GPU the later ones come
+    from a graph."""
+    torch.manual_seed(0)
+    x, cam, white = (y.to(device) for y in scene_batch(batch=5))
+    denoiser = Denoiser(TINY).to(device)
+    cfg = train.Config(size=16, steps=3, device=device, graph=device == "cuda")
+    with torch.no_grad():
+        predict = train.predictor(denoiser, cfg, white, samples=2)
+        for o in range(5):
+            here, seen = Camera(cam.w2c[o:o + 1], cam.K[o:o + 1], cam.hw), x[o:o + 1, 0]
+            for k, x_hat in enumerate(predict(seen, here, [o])):              # (1, V, 3, H, W)
+                gen = torch.Generator().manual_seed(10**6 + 10**3 * o + k)
+                eps = torch.randn(1, S, 16, 16, generator=gen).to(device)
+                g = denoiser.gaussians(denoiser.sample(seen, eps, 3), here.K[:, 0])
+                torch.testing.assert_close(x_hat, render(g, here, white)[0], rtol=0, atol=2e-3)
 
 
 def test_a_gradient_that_is_no_number_changes_no_weight():

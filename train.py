@@ -312,7 +312,7 @@ def evaluate(predict, views, cfg, title, path, about, lpips=None):
     todo = [o for o, name in enumerate(views.names) if name not in scores]
     with open(path, "a") as file:
         for o in tqdm(todo, title, len(views), initial=len(scores), leave=False, mininterval=1):
-            index = test_views(views, o, cfg.eval_views)[None]                # (1, V)
+            index = test_views(views, o, cfg.eval_views)[None].to(views.images.device)   # (1, V)
             x, cam = (y.to(cfg.device) for y in data.gather(views, index))
             samples = predict(x[:, 0], cam, [o])[:, 0]                        # (n, V, 3, H, W)
             x, x_hat = x[0], samples.mean(0)                                  # (V, 3, H, W) each
@@ -363,22 +363,25 @@ def predictor(network, cfg, background, samples=1):
         gen = torch.Generator().manual_seed(10**6 * (cfg.seed + 1) + 10**3 * o + k)
         return torch.randn(S, cfg.size, cfg.size, generator=gen)
 
+    def sample(x_src, eps):
+        return network.sample(x_src, eps, cfg.steps)
+    sample = Captured(sample) if cfg.graph else sample   # ten steps on one picture: all launches
+
     def predict(x_src, cam, objects):
-        images = []
-        for k in range(samples):
-            if isinstance(network, Teacher):
-                g = network.gaussians(network(x_src[:, None]), cam.K[:, 0])
-            else:
-                eps = torch.stack([noise(o, k) for o in objects]).to(x_src.device)
-                g = network.gaussians(network.sample(x_src, eps, cfg.steps), cam.K[:, 0])
-            images.append(render(g, cam, background)[0])                      # (B, V, 3, H, W)
-        return torch.stack(images)
+        if isinstance(network, Teacher):
+            g = network.gaussians(network(x_src[:, None]), cam.K[:, 0])
+            return render(g, cam, background)[0][None]
+        eps = torch.stack([noise(o, k) for k in range(samples) for o in objects])   # (nB, 24, H, W)
+        s = sample(x_src.repeat(samples, 1, 1, 1), eps.to(x_src.device))      # (nB, 24, H, W)
+        g = network.gaussians(s, cam.K[:, 0].repeat(samples, 1))
+        return torch.stack([render(Gaussians(*parts), cam, background)[0]     # (B, V, 3, H, W)
+                            for parts in zip(*[x.split(len(x_src)) for x in g])])
     return predict
 
 
 def results(cfg, splits, out, identity, background):
     """Every row of the table that can be made from what is in `out`; written to results.json."""
-    views, device = splits[cfg.split], cfg.device
+    views, device = on_device(splits[cfg.split], cfg.device), cfg.device
     lpips = load_lpips(cfg.lpips, device) if cfg.lpips else None
     train = splits["train"].images
     train = train[:: max(1, len(train) // 4096)]
@@ -533,6 +536,12 @@ def draw_batch(views, cfg, stage, step, mine=slice(RANK, None, WORLD)):
     return [send(y, cfg.device) for y in (x, cam.w2c, cam.K, t[mine], eps[mine])]
 
 
+def on_device(views, device):
+    """The images there once and for all, as uint8, if they fit."""
+    fits = device.startswith("cuda") and views.images.nbytes < torch.cuda.mem_get_info()[0] / 3
+    return views.to(device) if fits else views
+
+
 def batches(views, cfg, stage, first, end):
     """draw_batch of every step; where the images are not on the device, a thread is one ahead."""
     draw = functools.partial(draw_batch, views, cfg, stage)
@@ -595,8 +604,10 @@ def make_step(cfg, stage, network, teacher, background):
         if net:
             net.unet.bf16 = cfg.bf16
             if cfg.compile:
-                torch._dynamo.config.recompile_limit = 64   # one for each use: with or without
-                net.unet.compile(dynamic=False)             # gradients, of weights or of images
+                from torch._inductor import config as inductor   # late: importing it takes seconds
+                inductor.force_layout_optimization = True   # or U-Nets are computed in NCHW, and
+                torch._dynamo.config.recompile_limit = 64   # cuDNN turns each image round and back
+                net.unet.compile(dynamic=False)             # one code for each use of gradients
 
     def step(x, w2c, K, t, eps, lr):
         # ---- a single training step --------------------------------------------------------------
@@ -697,10 +708,8 @@ def resume(path, cfg, identity):
 
 def train(cfg, splits, out, identity, background):
     """Stages 0, 1, 2 from wherever `out` says they are. Returns False if it was asked to stop."""
-    device, views, stop, done_here = cfg.device, splits["train"], Stop(), 0
-    if device.startswith("cuda") and views.images.nbytes < torch.cuda.mem_get_info()[0] / 3:
-        views = views.to(device)                                              # uint8, once
-    test = splits[cfg.split]
+    device, stop, done_here = cfg.device, Stop(), 0
+    views, test = on_device(splits["train"], device), splits[cfg.split]
     state = resume(out / "resume.pt", cfg, identity)
     state["stage"] = max(state["stage"], 1 if cfg.teacher else 0)
     meet()                                         # before anyone writes what another still reads
@@ -852,8 +861,8 @@ def benchmark(cfg, say):
     if cuda:
         ways |= {"captured": graph, "captured, checkpoint": dict(graph, checkpoint=True)}
         ways |= {"captured, compiled": dict(graph=True)} if cfg.compile else {}
-    if WORLD > 1:   # enough to compare with the table of one GPU
-        ways = {way: ways[way] for way in ("eager", list(ways)[-1])}
+    if WORLD > 1:   # enough to compare with the table of one process
+        ways = {k: v for k, v in ways.items() if k in ("eager", "captured", "captured, compiled")}
     images = torch.randint(256, (4 * cfg.views, 3, cfg.size, cfg.size), dtype=torch.uint8)
     _, cam = benchmark_scene(4, cfg.views, 1, cfg.size)
     views = data.Views(images, invert_pose(cam.w2c).flatten(0, 1), cam.K.flatten(0, 1),
@@ -911,7 +920,7 @@ def main():
     cfg = parse(sys.argv[1:])
     began = time.time()
     cuda = cfg.device.startswith("cuda")
-    say = print if RANK == 0 else lambda *_: None                             # one voice
+    say = print if RANK == 0 else lambda *_, **__: None                       # one voice
     say(f"device: {f'{WORLD} x ' * (WORLD > 1)}{device_name(cfg.device)}; sizes for "
         f"{'a GPU' if cuda else 'a CPU'} (--help lists the flags)")
     if (cfg.graph or cfg.compile) and not cuda:
