@@ -1848,13 +1848,18 @@ def test_lpips_takes_no_backbone_but_torchvisions(tmp_path):
         train.load_lpips(tmp_path / "vgg.pth", "cpu")
 
 
+def two_processes(*args, timeout=None):
+    """train.py behind torchrun, as two processes on the CPU -> what came of it."""
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           "--nproc_per_node=2", str(HERE / "train.py"), *SMALL, *args],
+                          env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+                          capture_output=True, text=True, timeout=timeout)
+
+
 def test_two_processes_train_like_one_and_one_goes_on(trained, cars, tmp_path):
     """Against one process: the same losses and gradients but for rounding, while two share the
     batch; they are stopped inside stage 1, and one alone goes on from there to the end."""
-    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-           str(HERE / "train.py"), *SMALL, f"--root={cars}", f"--out={tmp_path}"]
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run([*two, "--max_steps=6"], env=env, capture_output=True, text=True)
+    run = two_processes(f"--root={cars}", f"--out={tmp_path}", "--max_steps=6")
     assert "2 processes; each takes [1, 1, 1] objects" in run.stdout, run.stdout + run.stderr
     assert run.stdout.count("stopped and saved") == 1 and (tmp_path / "resume.pt").exists()
     script("train", *SMALL, f"--root={cars}", f"--out={tmp_path}")
@@ -1868,10 +1873,7 @@ def test_two_processes_train_like_one_and_one_goes_on(trained, cars, tmp_path):
 
 def test_two_processes_time_their_steps_together_and_one_speaks():
     """Against a table for each, or two that wait for each other for ever."""
-    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                          "--nproc_per_node=2", str(HERE / "train.py"), *SMALL, "--benchmark"],
-                         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-                         capture_output=True, text=True, timeout=300)
+    run = two_processes("--benchmark", timeout=300)
     rows = [line.split(",")[0] for line in run.stdout.splitlines() if line.startswith("stage")]
     assert rows == ["stage 0", "stage 1", "stage 2"], run.stdout + run.stderr
 

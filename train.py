@@ -363,17 +363,17 @@ def predictor(network, cfg, background, samples=1):
         gen = torch.Generator().manual_seed(10**6 * (cfg.seed + 1) + 10**3 * o + k)
         return torch.randn(S, cfg.size, cfg.size, generator=gen)
 
-    def sample(x_src, eps):
-        return network.sample(x_src, eps, cfg.steps)
-    sample = Captured(sample) if cfg.graph else sample   # ten steps on one picture: all launches
+    sample = lambda x_src, eps: network.sample(x_src, eps, cfg.steps)         # (nB, 24, H, W)
+    if cfg.graph:   # ten steps on a single picture are hardly more than their launches
+        sample = Captured(sample)
 
     def predict(x_src, cam, objects):
         if isinstance(network, Teacher):
             g = network.gaussians(network(x_src[:, None]), cam.K[:, 0])
-            return render(g, cam, background)[0][None]
+            return render(g, cam, background)[0][None]                        # (1, B, V, 3, H, W)
         eps = torch.stack([noise(o, k) for k in range(samples) for o in objects])   # (nB, 24, H, W)
-        s = sample(x_src.repeat(samples, 1, 1, 1), eps.to(x_src.device))      # (nB, 24, H, W)
-        g = network.gaussians(s, cam.K[:, 0].repeat(samples, 1))
+        s = sample(x_src.repeat(samples, 1, 1, 1), eps.to(x_src.device))
+        g = network.gaussians(s, cam.K[:, 0].repeat(samples, 1))              # nB objects
         return torch.stack([render(Gaussians(*parts), cam, background)[0]     # (B, V, 3, H, W)
                             for parts in zip(*[x.split(len(x_src)) for x in g])])
     return predict
@@ -600,16 +600,17 @@ def make_step(cfg, stage, network, teacher, background):
     gradient, cuda = flat_gradients(params), cfg.device.startswith("cuda")
     optimiser = torch.optim.Adam(params, lr=torch.zeros((), device=cfg.device), betas=(0.9, 0.99),
                                  eps=1e-8, fused=True, capturable=cuda)
+    if cfg.compile:
+        from torch._inductor import config as inductor   # late: importing it takes seconds
+        # else it computes U-Nets in NCHW, and cuDNN turns each image round and back
+        inductor.force_layout_optimization = True
+        # one code for each use: with or without gradients, of weights or of images
+        torch._dynamo.config.recompile_limit = 64
     for net in (network, teacher):
         if net:
             net.unet.bf16 = cfg.bf16
             if cfg.compile:
-                from torch._inductor import config as inductor   # late: importing it takes seconds
-                # else it computes U-Nets in NCHW, and cuDNN turns each image round and back: 25.3
-                # ms instead of 22.6 for stage 0 with 20 M parameters (H100, 64x64, batch of 32)
-                inductor.force_layout_optimization = True
-                torch._dynamo.config.recompile_limit = 64   # one for each use: with or without
-                net.unet.compile(dynamic=False)             # gradients, of weights or of images
+                net.unet.compile(dynamic=False)
 
     def step(x, w2c, K, t, eps, lr):
         # ---- a single training step --------------------------------------------------------------
