@@ -363,7 +363,7 @@ def predictor(network, cfg, background, samples=1):
         gen = torch.Generator().manual_seed(10**6 * (cfg.seed + 1) + 10**3 * o + k)
         return torch.randn(S, cfg.size, cfg.size, generator=gen)
 
-    sample = lambda x_src, eps: network.sample(x_src, eps, cfg.steps)         # (nB, 24, H, W)
+    sample = lambda x_src, eps: network.sample(x_src, eps, cfg.steps)
     if cfg.graph:   # ten steps on a single picture are hardly more than their launches
         sample = Captured(sample)
 
@@ -372,7 +372,7 @@ def predictor(network, cfg, background, samples=1):
             g = network.gaussians(network(x_src[:, None]), cam.K[:, 0])
             return render(g, cam, background)[0][None]                        # (1, B, V, 3, H, W)
         eps = torch.stack([noise(o, k) for k in range(samples) for o in objects])   # (nB, 24, H, W)
-        s = sample(x_src.repeat(samples, 1, 1, 1), eps.to(x_src.device))
+        s = sample(x_src.repeat(samples, 1, 1, 1), eps.to(x_src.device))      # (nB, 24, H, W)
         g = network.gaussians(s, cam.K[:, 0].repeat(samples, 1))              # nB objects
         return torch.stack([render(Gaussians(*parts), cam, background)[0]     # (B, V, 3, H, W)
                             for parts in zip(*[x.split(len(x_src)) for x in g])])
