@@ -128,9 +128,14 @@ class Block(nn.Module):
         self.proj = xavier(nn.Conv2d(c_out, c_out, 1), 1e-5) if attention else None
 
     def resized(self, x):
+        """(B, C, H, W) -> (B, C, H', W'): means of 2 x 2, each pixel 2 x 2 times, or as it is."""
         if self.resample == "down":
             return F.avg_pool2d(x, 2)
-        return F.interpolate(x, scale_factor=2.0) if self.resample == "up" else x
+        if self.resample == "up":   # F.interpolate's gradient, compiled, is made of slow atomics
+            x = x.permute(0, 2, 3, 1)                                         # (B, H, W, C)
+            x = torch.stack((x, x), 3).flatten(2, 3)                          # (B, H, 2W, C)
+            x = torch.stack((x, x), 2).flatten(1, 2).permute(0, 3, 1, 2)      # (B, C, 2H, 2W)
+        return x
 
     def forward(self, x, emb=None):
         h = self.conv0(self.resized(F.silu(self.norm0(x))))                   # (B, c_out, H', W')

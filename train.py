@@ -75,7 +75,8 @@ class Config:
     batch: tuple = (8, 8, 4)     # objects a step, over all GPUs; paper: 100 in stage 1, 10 in 2
     lr: tuple = (8e-3, 5e-4, 2e-4)    # peak learning rate of Adam
     views: int = 4               # rendered views per object, the source view among them
-    warmup: int = 20             # steps of linear warm-up, then a cosine down to 0
+    warmup: int = 20             # steps of linear warm-up
+    decay: bool = True           # ours: then a cosine down to 0; False: constant
     clip: float = 1.0            # gradient norm
     ema: float = 0.99            # averaging of weights; the averages are evaluated and kept
     # losses, weights ours: the paper's coefficients are not known
@@ -509,10 +510,12 @@ def provenance(cfg, views, identity, **more):
                 device=f"{WORLD} x {device_name(cfg.device)}", **more)
 
 
-def learning_rate(step, iters, peak, warmup):
-    """Linear warm-up, then half a cosine down to 0."""
-    ramp = min(1.0, (step + 1) / max(1, min(warmup, iters // 2)))
-    return peak * ramp * 0.5 * (1 + math.cos(math.pi * step / iters))
+def learning_rate(cfg, stage, step):
+    """Linear warm-up, then half a cosine down to 0, or constant."""
+    iters = cfg.iters[stage]
+    ramp = min(1.0, (step + 1) / max(1, min(cfg.warmup, iters // 2)))
+    cosine = 0.5 * (1 + math.cos(math.pi * step / iters))
+    return cfg.lr[stage] * ramp * (cosine if cfg.decay else 1)
 
 
 def draw_batch(views, cfg, stage, step, mine=slice(RANK, None, WORLD)):
@@ -585,19 +588,20 @@ class Captured:
         return self(*inputs)
 
 
-def flat_gradients(params):
-    """Gives all parameters gradients in one buffer (n,): one kernel clears, clips or sends them."""
-    flat = torch.zeros(sum(p.numel() for p in params), device=params[0].device)
-    for p, part in zip(params, flat.split([p.numel() for p in params])):
-        p.grad = part.as_strided(p.shape, p.stride())                         # channels last, as p
-    return flat
+def average_gradients(params):
+    """Over all processes, in one message."""
+    gradients = [p.grad for p in params]
+    flat = torch.cat([g.flatten() for g in gradients])                        # (n,)
+    dist.all_reduce(flat)
+    parts = flat.div_(WORLD).split([g.numel() for g in gradients])
+    torch._foreach_copy_(gradients, [x.view_as(g) for x, g in zip(parts, gradients)])
 
 
 def make_step(cfg, stage, network, teacher, background):
     """-> step, optimiser. step(x, w2c, K, t, eps, lr) trains once and waits for nothing; it returns
     the named losses, the loss per object (B,), the gradient's norm, and 1 if that was no number."""
     params = list(network.parameters())
-    gradient, cuda = flat_gradients(params), cfg.device.startswith("cuda")
+    cuda = cfg.device.startswith("cuda")
     optimiser = torch.optim.Adam(params, lr=torch.zeros((), device=cfg.device), betas=(0.9, 0.99),
                                  eps=1e-8, fused=True, capturable=cuda)
     if cfg.compile:
@@ -615,7 +619,7 @@ def make_step(cfg, stage, network, teacher, background):
     def step(x, w2c, K, t, eps, lr):
         # ---- a single training step --------------------------------------------------------------
         cam = Camera(w2c, K, tuple(x.shape[-2:]))
-        gradient.zero_()
+        optimiser.zero_grad()
         if stage == 0:
             losses, per_object = stage_0(network, x, cam, background)
         else:
@@ -623,10 +627,8 @@ def make_step(cfg, stage, network, teacher, background):
                                                                t, eps, cfg)
         losses["loss"].backward()
         if WORLD > 1:
-            dist.all_reduce(gradient)
-            gradient.div_(WORLD)
-        norm = gradient.norm()                                                # ()
-        gradient.mul_((cfg.clip / (norm + 1e-6)).clamp(max=1))
+            average_gradients(params)
+        norm = torch.nn.utils.clip_grad_norm_(params, cfg.clip)               # ()
         optimiser.found_inf = (~norm.isfinite()).float()   # 1: Adam leaves everything as it was
         optimiser.param_groups[0]["lr"].copy_(lr)
         optimiser.step()
@@ -725,7 +727,7 @@ def train(cfg, splits, out, identity, background):
         if not cfg.iters[stage]:
             break
         # -- once a stage: the network that learns, its average, its optimiser
-        iters, peak = cfg.iters[stage], cfg.lr[stage]
+        iters = cfg.iters[stage]
         torch.manual_seed(cfg.seed)
         if stage == 0 and cfg.init:
             network = load_network(cfg.init, Teacher)[0]
@@ -778,7 +780,7 @@ def train(cfg, splits, out, identity, background):
         levels = torch.zeros(2, T // 20 + 1, device=device)
         began, asked = time.time(), False
         for step, batch in zip(bar, batches(views, cfg, stage, state["step"], iters)):
-            lr = torch.full((), learning_rate(step, iters, peak, cfg.warmup), device=device)
+            lr = torch.full((), learning_rate(cfg, stage, step), device=device)
             losses, per_object, norm, skipped = step_once(*batch, lr)
             decay = min(cfg.ema, (1 + step) / (10 + step))                   # short memory at first
             with torch.no_grad():
