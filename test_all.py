@@ -1626,7 +1626,7 @@ def test_a_stage_returns_finite_losses_and_trains_only_the_student(stage):
 
 def test_the_learning_rate_warms_up_and_then_decays_or_does_not():
     cfg = train.Config(iters=(0, 100, 0), lr=(0., 8., 0.), warmup=20)
-    rates = [train.learning_rate(c, 1, step) for c in (cfg, train.replace(cfg, decay=False))
+    rates = [train.learning_rate(c, 1, step) for c in (cfg, train.replace(cfg, decay_lr=False))
              for step in (0, 9, 50, 99)]
     want = [8 / 20, 4 * (1 + math.cos(0.09 * math.pi)) / 2, 4, 8 * math.sin(math.pi / 200) ** 2,
             8 / 20, 4, 8, 8]

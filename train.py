@@ -76,7 +76,7 @@ class Config:
     lr: tuple = (8e-3, 5e-4, 2e-4)    # peak learning rate of Adam
     views: int = 4               # rendered views per object, the source view among them
     warmup: int = 20             # steps of linear warm-up
-    decay: bool = True           # ours: then a cosine down to 0; False: constant
+    decay_lr: bool = True        # ours: then a cosine down to 0; False: constant
     clip: float = 1.0            # gradient norm
     ema: float = 0.99            # averaging of weights; the averages are evaluated and kept
     # losses, weights ours: the paper's coefficients are not known
@@ -515,7 +515,7 @@ def learning_rate(cfg, stage, step):
     iters = cfg.iters[stage]
     ramp = min(1.0, (step + 1) / max(1, min(cfg.warmup, iters // 2)))
     cosine = 0.5 * (1 + math.cos(math.pi * step / iters))
-    return cfg.lr[stage] * ramp * (cosine if cfg.decay else 1)
+    return cfg.lr[stage] * ramp * (cosine if cfg.decay_lr else 1)
 
 
 def draw_batch(views, cfg, stage, step, mine=slice(RANK, None, WORLD)):
@@ -619,7 +619,7 @@ def make_step(cfg, stage, network, teacher, background):
     def step(x, w2c, K, t, eps, lr):
         # ---- a single training step --------------------------------------------------------------
         cam = Camera(w2c, K, tuple(x.shape[-2:]))
-        optimiser.zero_grad()
+        optimiser.zero_grad()   # to None: what backward makes is kept, not added
         if stage == 0:
             losses, per_object = stage_0(network, x, cam, background)
         else:
