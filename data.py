@@ -433,6 +433,24 @@ def write_car(job):
         part.rename(final)
 
 
+def door_pair(views, o):
+    """The door that procedural car o hides from its source view, painted both ways.
+
+    -> index of a view that faces that door; A, B (3, S, S) float in [0, 1]: the true picture of
+    that view if the door were amber, and if it were blue. The source view shows the left door."""
+    first, last, meta = int(views.start[o]), int(views.start[o + 1]), views.meta
+    v = first + int(views.c2w[first:last, 1, 3].argmin())                    # farthest to the right
+    path = Path(meta["root"], f"cars_{meta['split']}", views.names[o], "attributes.json")
+    about = json.loads(path.read_text())
+    design_ = SimpleNamespace(**{k: tuple(x) if type(x) is list else x for k, x in about.items()})
+    pictures = []
+    for design_.doors["right"] in ("amber", "blue"):
+        rgba = trace(assemble(design_), views.c2w[v].cpu().double().numpy(),
+                     (131.25, 131.25, 64, 64), 128)
+        pictures.append(torch.from_numpy(resize(rgba[..., :3], meta["size"])).movedim(-1, 0) / 255)
+    return v, *pictures
+
+
 def generate(folder, n_train, n_test, seed, quiet):
     """Add the cars that are missing; procedural.json says which set this is."""
     note, wanted = folder / "procedural.json", {"train": n_train, "test": n_test}

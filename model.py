@@ -6,7 +6,9 @@
 
 The paper fixes T = 100, t* = 20, DDIM with 10 steps and, by its equations, the prediction of the
 clean splats (x0). It is silent on the noise schedule, on the space that is noised and on how the
-image enters; those are our choices and are marked so. Nothing here renders, trains or reads data.
+image enters; those are our choices and are marked so, and so is all that has to do with a *code*:
+a few numbers that say what the picture does not show (teacher.py). Nothing here renders, trains or
+reads data.
 """
 import math
 import os
@@ -100,6 +102,7 @@ class ModelConfig:
     attn: int = 16               # resolution that attends to itself
     near: float = 0.8            # world units, range of the depth channel
     far: float = 1.8
+    code: int = 0                # numbers that say what the picture does not show; 0: the paper
 
 
 def xavier(layer, gain=1.0):
@@ -113,7 +116,8 @@ def group_norm(channels):
 
 
 class Block(nn.Module):
-    """norm, SiLU, convolution, twice; time added between; the shortcut; then perhaps attention."""
+    """norm, SiLU, convolution, twice; between them `emb` scales and shifts each channel (adaptive
+    group norm, Dhariwal & Nichol 2021); the shortcut; then perhaps attention."""
 
     def __init__(self, c_in, c_out, emb=0, resample=None, attention=False):
         super().__init__()
@@ -122,7 +126,7 @@ class Block(nn.Module):
         self.conv0 = xavier(nn.Conv2d(c_in, c_out, 3, padding=1))
         self.conv1 = xavier(nn.Conv2d(c_out, c_out, 3, padding=1), 1e-5)      # starts as a shortcut
         self.skip = xavier(nn.Conv2d(c_in, c_out, 1)) if c_in != c_out or resample else None
-        self.affine = xavier(nn.Linear(emb, c_out)) if emb else None
+        self.affine = xavier(nn.Linear(emb, 2 * c_out), 0.1) if emb else None
         self.norm2 = group_norm(c_out) if attention else None
         self.qkv = xavier(nn.Conv2d(c_out, 3 * c_out, 1), 0.2 ** 0.5) if attention else None
         self.proj = xavier(nn.Conv2d(c_out, c_out, 1), 1e-5) if attention else None
@@ -139,9 +143,11 @@ class Block(nn.Module):
 
     def forward(self, x, emb=None):
         h = self.conv0(self.resized(F.silu(self.norm0(x))))                   # (B, c_out, H', W')
+        h = self.norm1(h)                                                     # (B, c_out, H', W')
         if emb is not None:
-            h = h + self.affine(emb)[:, :, None, None]
-        h = self.conv1(F.silu(self.norm1(h)))                                 # (B, c_out, H', W')
+            scale, shift = self.affine(emb)[:, :, None, None].chunk(2, 1)     # (B, c_out, 1, 1)
+            h = h * (1 + scale) + shift
+        h = self.conv1(F.silu(h))                                 # (B, c_out, H', W')
         x = self.skip(self.resized(x)) if self.skip else x
         x = (x + h) * 0.5 ** 0.5                                              # keeps the variance
         if self.qkv:
@@ -154,11 +160,16 @@ class Block(nn.Module):
 
 
 class UNet(nn.Module):
-    """(B, c_in, H, W) -> (B, 24, H, W) raw splats; with `time`, also a function of t (B,)."""
+    """(B, c_in, H, W) -> (B, 24, H, W) raw splats.
+
+    With `time` also a function of t (B,): the denoiser. With cfg.code also of a code (B, code) that
+    enters the decoder. The teacher is given the code; the denoiser reads it off its own deepest
+    features, so that all pixels agree on it, and then paints as the teacher does."""
 
     def __init__(self, cfg, c_in=3, time=False):
         super().__init__()
         emb = 4 * cfg.width if time else 0
+        both = emb + cfg.code                                                 # in the decoder
         self.width = cfg.width
         self.bf16 = False            # convolutions in half precision; all else stays in float32
         if time:
@@ -180,16 +191,17 @@ class UNet(nn.Module):
                 c = c_out
                 skips.append(c)
 
+        self.read = nn.Linear(c, cfg.code) if time and cfg.code else None
         self.dec = nn.ModuleDict()
         for level, (r, c_out) in reversed(list(enumerate(zip(res, chan)))):
             if level == len(res) - 1:
-                self.dec[f"{r}x{r}_in0"] = Block(c, c, emb, attention=r == cfg.attn)
-                self.dec[f"{r}x{r}_in1"] = Block(c, c, emb)
+                self.dec[f"{r}x{r}_in0"] = Block(c, c, both, attention=r == cfg.attn)
+                self.dec[f"{r}x{r}_in1"] = Block(c, c, both)
             else:
-                self.dec[f"{r}x{r}_up"] = Block(c, c, emb, "up")
+                self.dec[f"{r}x{r}_up"] = Block(c, c, both, "up")
             for i in range(cfg.blocks + 1):
                 last = i == cfg.blocks
-                self.dec[f"{r}x{r}_block{i}"] = Block(c + skips.pop(), c_out, emb,
+                self.dec[f"{r}x{r}_block{i}"] = Block(c + skips.pop(), c_out, both,
                                                       attention=last and r == cfg.attn)
                 c = c_out
         self.aux_norm = group_norm(c)
@@ -208,14 +220,15 @@ class UNet(nn.Module):
         if "scale" not in rows:
             self.out.bias[5:8] += math.log(128 / size)                        # 1 pixel at any size
 
-    def forward(self, x, t=None):
+    def forward(self, x, t=None, code=None):
+        """-> raw splats (B, 24, H, W), and the code (B, code) that was given or read, or None."""
         with torch.autocast(x.device.type, torch.bfloat16, self.bf16, cache_enabled=False):
-            x = self.features(x, t)
+            x, code = self.features(x, t, code)
         # bfloat16 has 8 bits, too few for a depth: what leaves the network is float32
-        return self.out(self.aux_conv(F.silu(self.aux_norm(x.float()))))      # (B, 24, H, W) raw
+        return self.out(self.aux_conv(F.silu(self.aux_norm(x.float())))), code
 
-    def features(self, x, t):
-        """(B, c_in, H, W) -> (B, width, H, W)."""
+    def features(self, x, t, code):
+        """(B, c_in, H, W) -> (B, width, H, W), and the code."""
         emb = None
         if t is not None:
             freq = 1e4 ** -torch.linspace(0, 1, self.width // 2, device=x.device)   # (width/2,)
@@ -226,9 +239,13 @@ class UNet(nn.Module):
         for layer in self.enc.values():
             x = layer(x, emb) if isinstance(layer, Block) else layer(x)
             skips.append(x)
+        if self.read:
+            code = self.read(x.mean((2, 3))).float().tanh()                   # (B, code)
+        if code is not None:
+            emb = code if emb is None else torch.cat([emb, code], 1)          # (B, emb + code)
         for name, layer in self.dec.items():
             x = layer(torch.cat([x, skips.pop()], 1) if "block" in name else x, emb)
-        return x
+        return x, code
 
 
 # ---- diffusion -----------------------------------------------------------------------------------
@@ -236,6 +253,7 @@ class UNet(nn.Module):
 T = 100          # noise levels (paper)
 T_STAR = 20      # stage 2 starts above this level (paper)
 STEPS = 10       # DDIM steps, in stage 2 and when sampling (paper)
+RHO = 0.2        # strength of guidance (ours)
 
 
 def alpha_bar(t):
@@ -263,17 +281,33 @@ def ddim_step(s_t, s_hat, t, t_next):
     return add_noise(s_hat, t_next, eps)
 
 
-def denoise(denoiser, s_t, t, x_src, steps=STEPS):
+def denoise(denoiser, s_t, t, x_src, steps=STEPS, guide=None):
     """Generator of the predictions s_hat of `steps` evenly spaced DDIM steps from t (B,) towards 0;
     the last one is the result: `*_, s_hat = denoise(...)`.
 
     Stage 2, the cycle and sample.py all come here, so training and sampling cannot drift apart.
+    guide: guide(s_hat) -> (B,) loss that the samples should make small, e.g. the error of their
+    renderings against further views (paper, v1). No gradient then reaches the network's weights.
     """
     for k in range(steps):
         now, then = t * (steps - k) // steps, t * (steps - k - 1) // steps    # (B,) int
-        s_hat = denoiser(s_t, now, x_src)                                     # (B, 24, H, W)
+        if guide and k < steps - 1:
+            s_hat, slope = guided(denoiser, s_t, now, x_src, guide)           # (B, 24, H, W) each
+            pull = RHO * signal_noise(then)[1] * slope                        # (B, 24, H, W)
+        else:
+            s_hat, pull = denoiser(s_t, now, x_src), 0                        # (B, 24, H, W)
         yield s_hat
-        s_t = ddim_step(s_t, s_hat, now, then)
+        s_t = ddim_step(s_t, s_hat, now, then) - pull
+
+
+def guided(denoiser, s_t, t, x_src, guide):
+    """-> s_hat, and the gradient of guide(s_hat) by s_t *through* D, of mean square 1 each."""
+    with torch.enable_grad():
+        s_t = s_t.detach().requires_grad_()
+        s_hat = denoiser(s_t, t, x_src)                                       # (B, 24, H, W)
+        slope, = torch.autograd.grad(guide(s_hat).sum(), s_t)                 # (B, 24, H, W)
+    size = slope.square().mean((1, 2, 3), keepdim=True).sqrt()                # (B, 1, 1, 1)
+    return s_hat.detach(), slope / size.clamp(min=1e-12)
 
 
 WEIGHTINGS = {"noise":    lambda a: 1 - a,                         # more, the more noise
@@ -298,27 +332,41 @@ class Denoiser(nn.Module):
         self.register_buffer("stats", torch.stack([torch.zeros(S), torch.ones(S)]))   # (2, 24)
 
     def forward(self, s_t, t, x_src):
-        return normalise(self.unet(torch.cat([x_src, s_t], 1), t), self.stats)
+        return self.predict(s_t, t, x_src)[0]
+
+    def predict(self, s_t, t, x_src):
+        """-> s_hat (B, 24, H, W), and the code (B, code) that was read off s_t, or None."""
+        raw, code = self.unet(torch.cat([x_src, s_t], 1), t)
+        return normalise(raw, self.stats), code
 
     def gaussians(self, s, K):
         """Normalised splats (B, 24, H, W) -> Gaussians in the frame of the camera K (B, 4)."""
         return splats_to_gaussians(denormalise(s, self.stats), K, self.cfg.near, self.cfg.far)
 
-    def sample(self, x_src, eps, steps=STEPS):
+    def sample(self, x_src, eps, steps=STEPS, guide=None):
         """Pure noise eps (B, 24, H, W) -> normalised splats of the object in x_src (B, 3, H, W)."""
         t = torch.full((len(x_src),), T - 1, device=x_src.device)
-        *_, s_hat = denoise(self, eps, t, x_src, steps)
+        *_, s_hat = denoise(self, eps, t, x_src, steps, guide)
         return s_hat
 
+    @torch.no_grad()
     def warm_start(self, unet):
-        """Begin as the teacher (our addition): its weights, and zeros for what it does not have,
-        noisy splats and time. At step 0 the splats are the teacher's, whatever the noise."""
-        mine = self.unet.state_dict()
-        for name, w in unet.state_dict().items():
-            mine[name].zero_()[:, :w.shape[1]].copy_(w) if w.dim() > 1 else mine[name].copy_(w)
-        for name in mine:
-            if ".affine." in name:
-                mine[name].zero_()
+        """Begin as the teacher (our addition): its weights, and zeros for what it does not have:
+        noisy splats, time, and reading. At step 0 the splats are those of a teacher that is told
+        nothing, whatever the noise."""
+        theirs = unet.state_dict()
+        for name, mine in self.unet.state_dict().items():
+            if ".affine." in name or name.startswith("read."):
+                mine.zero_()
+                if name in theirs and mine.dim() == 1:
+                    mine.copy_(theirs[name])
+                elif name in theirs:                          # the last columns are the code's
+                    code = self.cfg.code
+                    mine[:, mine.shape[1] - code:].copy_(theirs[name][:, :code])
+            elif name in theirs and mine.dim() > 1:
+                mine.zero_()[:, :theirs[name].shape[1]].copy_(theirs[name])
+            elif name in theirs:
+                mine.copy_(theirs[name])
 
 
 # ---- devices, and weights on disk ----------------------------------------------------------------

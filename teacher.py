@@ -1,17 +1,50 @@
-"""The teacher: a deterministic image-to-3D model whose splats, once noised, the student denoises.
+"""The teacher: an image-to-3D model whose splats, once noised, the student denoises.
 
 It is Splatter Image's network (Szymanowicz et al. 2024): a U-Net without time, one Gaussian per
 pixel, trained by rendering alone. Left out: its camera embedding and cross-view attention for two
 input views, dropout, and the LPIPS fine-tuning. The training loop is in train.py, as stage 0; the
 released weights can take its place (`load_splatter_image`).
+
+The paper's teacher is deterministic: its splats, noised or not, tell the denoiser nothing that the
+picture does not, so every sample is the same average. *Ours* has a second use: shown further views,
+it is told in a short code where it is wrong (learning with privileged information). Splats made
+with a code are what the student learns from, so its samples differ as the objects do.
 """
 import re
+from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import nn
 
-from model import (ModelConfig, S, UNet, canonical, load_checkpoint, load_network,
+from model import (ModelConfig, S, UNet, canonical, group_norm, load_checkpoint, load_network,
                    splats_to_gaussians)
+from rasterize import Camera, render
+
+
+class Encoder(nn.Module):
+    """The teacher's errors in further views -> a short code (ours).
+
+    The average colour of the errors has a way of its own into the code: it is small, but the part
+    that a picture cannot tell is most of it, so that training begins at once."""
+
+    def __init__(self, code):
+        super().__init__()
+        widths = 3, 32, 64, 128, 128
+        self.convs = nn.Sequential(*[layer for a, b in pairwise(widths) for layer in (
+            nn.Conv2d(a, b, 3, stride=2, padding=1), group_norm(b), nn.SiLU())])
+        self.mlp = nn.Sequential(nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, code))
+        self.colour = nn.Linear(3, code)
+        nn.init.normal_(self.colour.weight)
+
+    def forward(self, error):
+        """error (B, K, 3, H, W), true minus rendered views -> (B, code) in [-1, 1]."""
+        size = error.square().mean((1, 2, 3, 4), keepdim=True).sqrt()         # (B, 1, 1, 1, 1)
+        error = error / size.clamp(min=1e-6)                                  # mean square 1
+        found = self.convs(error.flatten(0, 1)).mean((2, 3))                  # (BK, 128)
+        found = found.unflatten(0, error.shape[:2]).mean(1)                   # (B, 128)
+        colour = 20 * error.mean((1, 3, 4))                                   # (B, 3) about 1
+        return (self.colour(colour) + self.mlp(found)).tanh()                 # (B, code)
 
 
 class Teacher(nn.Module):
@@ -21,24 +54,53 @@ class Teacher(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.unet = UNet(cfg)
+        self.encoder = Encoder(cfg.code) if cfg.code else None
 
-    def forward(self, images, cam=None):
+    def forward(self, images, cam=None, background=None):
         """images (B, K, 3, H, W) in [0, 1], the source view first; cam: their cameras.
-        K = 1 today and the camera is not looked at; a teacher that sees more views fits here."""
-        return self.unet(images[:, 0])                                        # (B, 24, H, W) raw
+
+        K = 1: the paper's deterministic teacher, told nothing. K > 1: told what it gets wrong in
+        the views after the first, which are on `background` (3,)."""
+        code = self.code(images, cam, background)
+        return self.unet(images[:, 0], code=code)[0]                          # (B, 24, H, W) raw
+
+    def code(self, images, cam, background):
+        """What the views after the first tell: (B, code), zeros without any; None without code."""
+        if not self.encoder:
+            return None
+        nothing = images.new_zeros(len(images), self.cfg.code)                # (B, code)
+        if images.shape[1] == 1:
+            return nothing
+        with torch.no_grad():
+            g = self.gaussians(self.unet(images[:, 0], code=nothing)[0], cam.K[:, 0])
+            others = Camera(cam.w2c[:, 1:], cam.K[:, 1:], cam.hw)
+            seen, _, _ = render(g, others, background)                        # (B, K-1, 3, H, W)
+        with torch.autocast(images.device.type, torch.bfloat16, self.unet.bf16,
+                            cache_enabled=False):
+            return self.encoder(images[:, 1:] - seen).float()
 
     def gaussians(self, raw, K):
         """Raw splats -> Gaussians in the frame of the camera K (B, 4)."""
         return splats_to_gaussians(raw, K, self.cfg.near, self.cfg.far)
 
 
+def can_be_told(teacher, code):
+    """A teacher without a code -> one that is told in `code` numbers what it gets wrong. Told
+    nothing, it stays the given one to the last bit, because only what is told will be learned."""
+    told = Teacher(replace(teacher.cfg, code=code))
+    told.load_state_dict(teacher.state_dict(), strict=False)
+    for name, x in told.named_parameters():
+        x.requires_grad_(name.startswith("encoder.") or name.endswith("affine.weight"))
+    return told
+
+
 @torch.no_grad()
-def splat_statistics(teacher, batches):
-    """Mean and deviation (2, 24) of the teacher's splats per channel, over source images x_src
-    (B, 3, H, W): what `normalise` subtracts and divides by."""
+def splat_statistics(batches):
+    """Mean and deviation (2, 24) of raw splats (B, 24, H, W) per channel: what `normalise`
+    subtracts and divides by."""
     count, (total, square) = 0, torch.zeros(2, S, dtype=torch.float64)
-    for x_src in batches:
-        s = canonical(teacher(x_src[:, None])).double().movedim(1, 0).flatten(1).cpu()   # (24, BHW)
+    for raw in batches:
+        s = canonical(raw).double().movedim(1, 0).flatten(1).cpu()   # (24, BHW)
         count, total, square = count + s.shape[1], total + s.sum(1), square + s.square().sum(1)
     mean = total / count
     std = (square / count - mean ** 2).clamp(min=1e-6).sqrt()                # at least 0.001

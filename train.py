@@ -5,16 +5,16 @@
     python train.py --dataset cars --eval_only                # make the table again
 
 Run the same command again to go on after an interruption: every number comes out the same.
-    stage 0   the teacher, by rendering alone
-    stage 1   bootstrapping: predict the teacher's splats from noised ones, and render well
+    stage 0   the teacher, by rendering alone; half of the time it is told what the picture hides
+    stage 1   bootstrapping: predict the told teacher's splats from noised ones, and render well
     stage 2   multi-step: unroll the denoiser, render well, and leave the teacher behind
+The paper's own recipe, a teacher that is never told anything: --code=0 --best_of=1.
 What the paper does not say is marked *ours*. Several GPUs, and what a step costs:
     torchrun --standalone --nproc_per_node=2 train.py --dataset cars
     python train.py --benchmark               # works behind torchrun, too
 """
 import ast
 import functools
-import hashlib
 import importlib.util
 import inspect
 import json
@@ -46,7 +46,7 @@ from model import (STEPS, T, T_STAR, WEIGHTINGS, Denoiser, ModelConfig, S, add_n
                    save_network, write_atomically)
 from rasterize import (C0, Camera, Gaussians, benchmark_scene, gsplat, invert_pose, milliseconds,
                        render)
-from teacher import Teacher, load_teacher, splat_statistics
+from teacher import Teacher, can_be_told, load_teacher, splat_statistics
 
 
 @dataclass
@@ -58,8 +58,9 @@ class Config:
     paper: bool = False          # sizes and numbers of the paper and of its teacher; see PAPER
     device: str = ""             # cpu or cuda; "" takes the GPU if there is one
     seed: int = 0
-    teacher: str = ""            # its file, a teacher.pt or Splatter Image's: there is no stage 0
-    init: str = ""               # ours: a teacher.pt that stage 0 begins with, to train it on
+    teacher: str = ""            # its file, a teacher.pt or Splatter Image's. Stage 0 then only
+                                 # teaches it to be told, if it cannot be told anything yet
+    init: str = ""               # ours: continue training this teacher.pt in stage 0
     n_train: int = 160           # procedural cars to make, if there are no real ones
     n_test: int = 20
     data_seed: int = 0           # of the procedural cars
@@ -69,9 +70,13 @@ class Config:
     mult: tuple = (1, 2, 4)
     blocks: int = 1
     attn: int = 8
+    # ours: a teacher that is told what the picture does not show
+    code: int = 8                # numbers that tell it; 0: nothing, the paper's own recipe
+    told: int = 8                # further views that these numbers are made of
+    code_noise: float = 0.1      # added to them in stage 0
     warm_start: bool = True      # ours: the student begins with the teacher's weights
     # optimisation; numbers by stage: teacher, bootstrapping, multi-step
-    iters: tuple = (1200, 100, 180)   # steps; a stage of 0 is the end
+    iters: tuple = (3000, 800, 60)    # steps; a stage of 0 is the end
     batch: tuple = (8, 8, 4)     # objects a step, over all GPUs; paper: 100 in stage 1, 10 in 2
     lr: tuple = (8e-3, 5e-4, 2e-4)    # peak learning rate of Adam
     views: int = 4               # rendered views per object, the source view among them
@@ -82,6 +87,8 @@ class Config:
     # losses, weights ours: the paper's coefficients are not known
     w_3dgs: float = 1.0          # stage 1: mean square on normalised splats
     w_3dgs_2: float = 0.0        # the same in stage 2; the paper drops it there
+    w_code: float = 0.05         # ours, stage 1: reading the teacher's code off the noised splats
+    best_of: int = 1             # ours, stage 2: train only the best of so many samples; 1: paper
     every_step: bool = False     # ours: stage 2 renders each step's splats, not only the last
     w_cyc: float = 0.1           # both stages; at 1 it outweighs the images, at 0 it is left out
     weighting: str = "min_snr"   # stage 2: lambda_t, or constant, or noise
@@ -94,9 +101,10 @@ class Config:
     checkpoint: bool = False     # stage 2 keeps only the splats between steps: less memory, slower
     # watching
     split: str = "test"          # whose objects are evaluated and previewed; paper's ablations: val
-    eval_views: int = 50         # target views per test object, evenly spaced; 0 is all
-    samples: int = 4             # samples that the row "mean of" averages
-    lpips: str = ""              # torchvision's vgg16-397923af.pth; without it LPIPS is not run
+    eval_views: int = 10         # target views per test object, evenly spaced; 0 is all
+    samples: int = 16            # samples of each test object
+    preview_samples: int = 4     # and of each row of preview.png
+    lpips: bool = False          # a column LPIPS, by the packages lpips and torchvision
     log_every: int = 10          # steps
     preview_every: int = 50
     save_every: int = 50
@@ -108,19 +116,20 @@ class Config:
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # by torchrun
 GPU = dict(n_train=2000, n_test=200, size=128, width=64, mult=(1, 2, 2, 2), attn=16,   # on a GPU
-           iters=(20000, 5000, 2000), batch=(32, 32, 10), lr=(5e-4, 1e-4, 5e-5), views=4,
-           warmup=500, ema=0.999, steps=STEPS, eval_views=0, log_every=50,
+           iters=(20000, 5000, 2000), batch=(32, 32, 10), lr=(5e-4, 5e-4, 5e-5), views=4,
+           warmup=500, ema=0.999, told=16, best_of=4, steps=STEPS, eval_views=50, log_every=50,
            preview_every=500, save_every=500, bf16=True, graph=True, compile=True,
            weighting="noise")      # better in longer runs: assets/results.md, 3
 # What the paper says, and where it is silent Splatter Image: its teacher is --width=128 --blocks=4.
 # The numbers of steps of stages 1 and 2 are ours; those of stage 0 stand in data.DATASETS.
-PAPER = dict(size=128, width=96, mult=(1, 2, 2, 2), blocks=3, attn=16, warm_start=False, views=4,
+PAPER = dict(code=0, best_of=1, size=128, width=96, mult=(1, 2, 2, 2), blocks=3, attn=16,
+             warm_start=False, views=4,
              batch=(8, 100, 10), lr=(5e-5, 1e-4, 5e-5), clip=1e9, ema=0.9999, warmup=500,
              w_cyc=1.0, weighting="noise", steps=STEPS, eval_views=0, checkpoint=True)
 PAPER_ITERS = 100_000, 20_000
 SESSION = {"out", "root", "device", "eval_only", "benchmark", "max_steps", "eval_views", "samples",
            "log_every", "preview_every", "save_every",             # these may change between calls
-           "graph", "compile", "checkpoint", "lpips", "split"}
+           "preview_samples", "graph", "compile", "checkpoint", "lpips", "split"}
 
 
 def parse(argv):
@@ -168,6 +177,11 @@ def parse(argv):
         data.fail("--iters, --batch and --lr have three numbers each, one a stage")
     if not (cfg.iters[0] or cfg.teacher or cfg.benchmark):
         data.fail(f"--iters={cfg.iters}: without a stage 0, --teacher must name a teacher's file")
+    if cfg.code and cfg.batch[0] < 2 * WORLD:
+        data.fail(f"--batch={cfg.batch}: stage 0 tells the teacher nothing in half of each batch; "
+                  f"give {2 * WORLD} or more, or --code=0")
+    if cfg.told < 1:
+        data.fail("--told=0: give 1 view or more, or --code=0 to tell the teacher nothing")
     if cfg.init and cfg.teacher:
         data.fail("--init is where stage 0 begins, --teacher leaves stage 0 out; give one of them")
     if not 0 <= cfg.t_star < T - 1:
@@ -202,45 +216,85 @@ def cycle_loss(predict, x, x_hat, cam, background):
     return image_loss(x_src_hat, x[:, :1]).mean()
 
 
-def stage_0(teacher, x, cam, background):
-    """The teacher: L = || x - R(T(x_src)) ||^2."""
-    raw = teacher(x[:, :1], cam)                                              # (B, 24, H, W)
+def first_views(x, cam, n):
+    """The n views that are rendered and judged; those after them are only told."""
+    return x[:, :n], Camera(cam.w2c[:, :n], cam.K[:, :n], cam.hw)
+
+
+def stage_0(teacher, x, cam, background, t, eps, cfg):
+    """The teacher: L = || x - R(T(x_src)) ||^2. Half of the batch is told nothing (the paper's
+    teacher), the other half what the further views show (ours)."""
+    code, half = None, len(x) // 2
+    if teacher.encoder:
+        code = teacher.code(x, cam, background)                               # (B, code)
+        code = code + cfg.code_noise * eps.flatten(1)[:, :cfg.code]           # eps is noise, too
+        code = code * (torch.arange(len(x), device=x.device) >= half)[:, None]
+    raw, _ = teacher.unet(x[:, 0], code=code)                                 # (B, 24, H, W)
+    x, cam = first_views(x, cam, cfg.views)
     x_hat, _, _ = render(teacher.gaussians(raw, cam.K[:, 0]), cam, background)
     per_object = image_loss(x_hat, x)                                         # (B,)
-    return dict(loss=per_object.mean()), per_object
+    losses = dict(loss=per_object.mean())
+    if teacher.encoder:
+        losses |= dict(loss_not_told=per_object[:half].mean(), loss_told=per_object[half:].mean())
+    return losses, per_object
+
+
+def noised_teacher(denoiser, teacher, x, cam, background, t, eps, cfg):
+    """-> s_teacher, s_t (B, 24, H, W) each, and the code (B, code). Ours: the teacher is told what
+    the further views show; with --code=0 it sees the source alone, as in the paper."""
+    with torch.no_grad():
+        code = teacher.code(x, cam, background) if cfg.code else None         # (B, code)
+        if teacher.encoder and not cfg.code:
+            code = teacher.code(x[:, :1], cam, background)                    # (B, code) zeros
+        raw, _ = teacher.unet(x[:, 0], code=code)                             # (B, 24, H, W)
+        s_teacher = normalise(raw, denoiser.stats)
+    return s_teacher, add_noise(s_teacher, t, eps), code
 
 
 def stage_1(denoiser, teacher, x, cam, background, t, eps, cfg):
-    """Bootstrapping: L = || s - D(s_t) ||^2 + || x - R(D(s_t)) ||^2 + L_cyc through the teacher."""
-    with torch.no_grad():
-        s_teacher = normalise(teacher(x[:, :1], cam), denoiser.stats)         # (B, 24, H, W)
-    s_t = add_noise(s_teacher, t, eps)
-    s_hat = denoiser(s_t, t, x[:, 0])                                         # (B, 24, H, W)
+    """Bootstrapping: L = || s - D(s_t) ||^2 + || x - R(D(s_t)) ||^2 + L_cyc through the teacher.
+    Ours: and || code - what D has read off s_t ||^2."""
+    s_teacher, s_t, code = noised_teacher(denoiser, teacher, x, cam, background, t, eps, cfg)
+    s_hat, code_hat = denoiser.predict(s_t, t, x[:, 0])                       # (B, 24, H, W)
+    x, cam = first_views(x, cam, cfg.views)
     x_hat, _, _ = render(denoiser.gaussians(s_hat, cam.K[:, 0]), cam, background)
     per_object = image_loss(x_hat, x)                                         # (B,)
     frozen = lambda image, K: teacher.gaussians(teacher(image[:, None]), K)
     loss_3dgs = F.mse_loss(s_hat, s_teacher)
     loss_image = per_object.mean()
-    loss_cyc = cycle_loss(frozen, x, x_hat, cam, background) if cfg.w_cyc else x.new_zeros(())
-    loss = cfg.w_3dgs * loss_3dgs + loss_image + cfg.w_cyc * loss_cyc
-    return dict(loss=loss, loss_3dgs=loss_3dgs, loss_image=loss_image,
-                loss_cyc=loss_cyc), per_object
+    zero = x.new_zeros(())
+    loss_cyc = cycle_loss(frozen, x, x_hat, cam, background) if cfg.w_cyc else zero
+    loss_code = F.mse_loss(code_hat.float(), code) if cfg.code else zero
+    loss = (cfg.w_3dgs * loss_3dgs + loss_image + cfg.w_cyc * loss_cyc + cfg.w_code * loss_code)
+    return dict(loss=loss, loss_3dgs=loss_3dgs, loss_image=loss_image, loss_cyc=loss_cyc,
+                loss_code=loss_code), per_object
 
 
 def stage_2(denoiser, teacher, x, cam, background, t, eps, cfg):
     """Multi-step: L = lambda_t || x - R(D o ... o D(s_t)) ||^2 + L_cyc through the frozen student.
-    Gradients flow through every step; the teacher's splats are only a place to start from."""
-    with torch.no_grad():
-        s_teacher = normalise(teacher(x[:, :1], cam), denoiser.stats)         # (B, 24, H, W)
-    s_t = add_noise(s_teacher, t, eps)
+    Gradients flow through every step; the teacher's splats are only a place to start from.
+
+    A mean square over all samples pulls each of them to the average: from noise that hides the
+    answer no better one is known. Ours: of cfg.best_of noises only the one whose sample is nearest
+    to the truth is trained, so that the others may choose differently."""
+    s_teacher, s_t, _ = noised_teacher(denoiser, teacher, x, cam, background, t, eps, cfg)
+    x, cam = first_views(x, cam, cfg.views)
+
+    def error(s):
+        x_hat, _, _ = render(denoiser.gaussians(s, cam.K[:, 0]), cam, background)
+        return image_loss(x_hat, x), x_hat                                    # (B,)
+    if cfg.best_of > 1:
+        with torch.no_grad():
+            noises = [eps.roll(k * cfg.size // cfg.best_of, 3) for k in range(cfg.best_of)]
+            starts = torch.stack([add_noise(s_teacher, t, e) for e in noises])    # (n, B, 24, H, W)
+            ends = [list(denoise(denoiser, s, t, x[:, 0], cfg.steps))[-1] for s in starts]
+            best = torch.stack([error(s)[0] for s in ends]).argmin(0)         # (B,)
+            s_t = starts[best, torch.arange(len(best), device=best.device)]   # (B, 24, H, W)
     again = functools.partial(checkpoint, denoiser, use_reentrant=False, preserve_rng_state=False)
     *early, s_hat = denoise(again if cfg.checkpoint else denoiser, s_t, t, x[:, 0], cfg.steps)
-    x_hat, _, _ = render(denoiser.gaussians(s_hat, cam.K[:, 0]), cam, background)
-    per_object = image_loss(x_hat, x)                                         # (B,)
-    if cfg.every_step:   # otherwise long training makes of the early splats what it likes
-        images = [render(denoiser.gaussians(s, cam.K[:, 0]), cam, background)[0]
-                  for s in early]                                             # (B, V, 3, H, W) each
-        per_object = sum([image_loss(y, x) for y in images], per_object) / cfg.steps   # (B,)
+    per_object, x_hat = error(s_hat)
+    if cfg.every_step:           # otherwise the early steps drift to splats that cannot be drawn
+        per_object = sum([error(s)[0] for s in early], per_object) / cfg.steps    # (B,)
     weights = {k: v.detach() for k, v in denoiser.named_parameters()}         # today's, but frozen
     t_cyc = torch.full_like(t, T - 1)                               # ours: once, from noise
 
@@ -278,11 +332,8 @@ def ssim(x_hat, x):
     return value.flatten(1).mean(1)
 
 
-VGG = "vgg16-397923af.pth"
-
-
 def test_views(views, o, n_views):
-    """Indices of test object o: its source view, in want of it the first, then evenly spaced
+    """Indices of test object o: its source view, or the first if there is none, then evenly spaced
     targets."""
     first, last, source = int(views.start[o]), int(views.start[o + 1]), views.meta["source"]
     source = first + source if last - first > source else first
@@ -292,165 +343,324 @@ def test_views(views, o, n_views):
     return torch.tensor([source] + targets)                                   # (1 + n,)
 
 
+def opposite_view(views, o):
+    """Index of the view of test object o that looks the other way than its source view."""
+    source, *targets = test_views(views, o, 0).tolist()
+    axes = views.c2w[:, :3, 2].cpu()                                          # (M, 3)
+    return targets[int((axes[targets] @ axes[source]).argmin())]
+
+
+def object_views(views, index, device):
+    """Images x (1, V, 3, H, W) and cameras of the views `index`, relative to the first."""
+    index = torch.as_tensor(index)[None].to(views.images.device)              # (1, V)
+    return [y.to(device) for y in data.gather(views, index)]
+
+
+def repeat(cam, n):
+    """The cameras of one object (1, V, ..) for n samples of it."""
+    return Camera(cam.w2c.expand(n, -1, -1, -1), cam.K.expand(n, -1, -1), cam.hw)
+
+
+def hidden(depth, alpha, cam):
+    """Pixels that show what the first view does not: depth and alpha (V, 1, H, W) of renderings
+    from cam (B = 1) -> (V, H, W) bool. A pixel's point is moved into the first camera, and is
+    hidden there if it lies 0.05 world units or more behind what that camera sees."""
+    V, _, H, W = depth.shape
+    z = (depth / alpha.clamp(min=1e-3)).flatten(1)                            # (V, HW)
+    fx, fy, cx, cy = cam.K[0, :, :4, None].unbind(1)                          # (V, 1)
+    v, u = torch.meshgrid(torch.arange(H, device=z.device) + 0.5,
+                          torch.arange(W, device=z.device) + 0.5, indexing="ij")   # (H, W)
+    x, y = (u.flatten() - cx) / fx * z, (v.flatten() - cy) / fy * z           # (V, HW)
+    xyz = torch.stack([x, y, z], -1)[:, :, None]                              # (V, HW, 1, 3)
+    c2w = invert_pose(cam.w2c[0])[:, None]                                    # (V, 1, 4, 4)
+    x, y, z_src = ((c2w[..., :3, :3] * xyz).sum(-1) + c2w[..., :3, 3]).unbind(-1)   # (V, HW)
+    column = (fx[0] * x / z_src + cx[0]).long().clamp(0, W - 1)               # (V, HW)
+    row = (fy[0] * y / z_src + cy[0]).long().clamp(0, H - 1)                  # (V, HW)
+    behind = z_src > z[0, row * W + column] + 0.05                            # (V, HW)
+    return (behind & (alpha.flatten(1) > 0.5)).view(V, H, W)
+
+
+def door_scores(x_hat, truth, amber, blue):
+    """Of renderings (n, 3, H, W) of a hidden door, its true picture (3, H, W), and what that would
+    be if the door were amber and if it were blue. The paint q is 1 for amber, 0 for blue, 1/2 for
+    mud.
+
+    both: is one sample amber (q > 3/4) and one blue (q < 1/4)? decided: the share of samples that
+    are one or the other. amber: the share with q > 1/2; over many cars the truth is 1/2. true: the
+    share that are decided for the true colour."""
+    d = amber - blue                                                          # (3, H, W)
+    d = d * (d.abs().sum(0) > 0.5)                                            # where they differ
+    x = torch.cat([truth[None], x_hat])                                       # (1 + n, 3, H, W)
+    q = ((x - blue) * d).flatten(1).sum(1) / d.square().sum()                 # (1 + n,)
+    is_amber, q = q[0] > 0.5, q[1:]                                           # () (n,)
+    decided = (q - 0.5).abs() > 0.25                                          # (n,)
+    share = lambda which: which.float().mean().item()
+    return dict(both=float(q.max() > 0.75 and q.min() < 0.25), decided=share(decided),
+                amber=share(q > 0.5), true=share(decided & ((q > 0.5) == is_amber)))
+
+
 @torch.no_grad()
-def evaluate(predict, views, cfg, title, path, about, lpips=None):
-    """Mean scores over the test set of predict(x_src, cam, objects), as `predictor` makes it: of
-    the mean of its samples and, where there are several, of each object's best.
+def evaluate(predict, views, cfg, background, n_views, objects, title="", lpips=None):
+    """Scores of each test object, a dict each. predict(o, x_src (1, 3, H, W), K (1, 4)) makes the
+    Gaussians of n samples.
 
-    path: a line for every object, behind a line `about` what was scored on what; objects that are
-    in there are not scored again.
-    """
-    scores, lines = {}, path.read_text().splitlines() if path.exists() else []
-    if lines[:1] == [json.dumps(about)]:
-        for line in lines[1:]:
-            try:
-                r = json.loads(line)
-                scores[r.pop("object")] = r
-            except ValueError:                                                # cut by a crash
-                pass
-    text = [json.dumps(about), *(json.dumps({"object": k, **r}) for k, r in scores.items()), ""]
-    write_atomically(path, lambda f: f.write("\n".join(text).encode()))
-    todo = [o for o, name in enumerate(views.names) if name not in scores]
-    with open(path, "a") as file:
-        for o in tqdm(todo, title, len(views), initial=len(scores), leave=False, mininterval=1):
-            index = test_views(views, o, cfg.eval_views)[None].to(views.images.device)   # (1, V)
-            x, cam = (y.to(cfg.device) for y in data.gather(views, index))
-            samples = predict(x[:, 0], cam, [o])[:, 0]                        # (n, V, 3, H, W)
-            x, x_hat = x[0], samples.mean(0)                                  # (V, 3, H, W) each
-            seen = x.flatten(1).amax(1) > 0       # (V,) CO3D: a picture without a mask is all black
-            seen[0] = True
-            each = dict(psnr=psnr(x_hat, x), ssim=ssim(x_hat, x))             # (V,), source first
-            if lpips:
-                each["lpips"] = lpips(x_hat, x)
-            r = {f"{k}_novel": v[1:][seen[1:]].mean().item() for k, v in each.items()}
-            r |= {f"{k}_source": v[0].item() for k, v in each.items()}
-            if len(samples) > 1:
-                novel = samples[:, 1:][:, seen[1:]]                           # (n, V', 3, H, W)
-                r["psnr_best"] = psnr(novel, x[1:][seen[1:]]).mean(1).max().item()
-                r["std"] = novel.std(0).mean().item()
-            scores[views.names[o]] = {k: round(v, 6) for k, v in r.items()}
-            file.write(json.dumps({"object": views.names[o], **scores[views.names[o]]}) + "\n")
-            file.flush()
-    return {k: round(float(np.nanmean([r[k] for r in scores.values()])), 6)
-            for k in next(iter(scores.values()))}
-
-
-def load_lpips(path, device):
-    """(V, 3, H, W) twice -> (V,): LPIPS of VGG (Zhang et al. 2018), by the package lpips.
-
-    path: torchvision's VGG, checked by the hash in its name: a random backbone gives numbers too.
-    """
-    if importlib.util.find_spec("lpips") is None or importlib.util.find_spec("torchvision") is None:
-        data.fail("--lpips needs two more packages: pip install lpips torchvision")
-    try:
-        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    except OSError as e:
-        data.fail(f"--lpips={path}: {e.strerror}; give {VGG} of torchvision's model zoo")
-    if not digest.startswith(VGG[6:14]):
-        data.fail(f"--lpips={path}: not torchvision's {VGG}, its sha256 begins with {digest[:8]}; "
-                  "download it again")
-    from lpips import LPIPS
-    net, vgg = LPIPS(net="vgg", pnet_rand=True, verbose=False), load_checkpoint(path, [])
-    net.net.load_state_dict({k: vgg["features" + k[k.index("."):]] for k in net.net.state_dict()})
-    net.to(device)
-    return lambda x_hat, x: torch.cat([net(2 * a - 1, 2 * b - 1).flatten()
-                                       for a, b in zip(x_hat.split(32), x.split(32))])
+    one, mean, best: PSNR in the n_views novel views of one sample (the average over samples), of
+    the samples' mean image, and of the best sample. std: the standard deviation between samples in
+    pixels that the source view hides. Of procedural cars also `door_scores`."""
+    scores = []
+    for o in tqdm(objects, title, leave=False, mininterval=1, disable=not title):
+        index = test_views(views, o, n_views)                                 # (V,)
+        x, cam = object_views(views, index, cfg.device)                       # (1, V, 3, H, W)
+        g, x = predict(o, x[:, 0], cam.K[:, 0]), x[0]                         # (n, N, ..)
+        n = len(g.xyz)
+        drawn = [render(Gaussians(*[y[k:k + 1] for y in g]), cam, background) for k in range(n)]
+        x_hat = torch.cat([rgb for rgb, _, _ in drawn])                       # (n, V, 3, H, W)
+        _, alpha, depth = drawn[0]                                            # (1, V, 1, H, W)
+        shown = x.flatten(1).amax(1) > 0      # (V,) CO3D: a picture without a mask is all black
+        shown[0] = False                                                      # the source
+        novel, truth = x_hat[:, shown], x[shown]                              # (n, V', 3, H, W)
+        each = psnr(novel, truth).mean(1)                                     # (n,)
+        r = dict(object=views.names[o], one=each.mean().item(),
+                 ssim=ssim(novel[0], truth).mean().item(),
+                 source=psnr(x_hat[:, 0], x[0]).mean().item(),
+                 source_ssim=ssim(x_hat[0, :1], x[:1]).item())
+        if lpips:
+            r["lpips"] = lpips(2 * novel[0] - 1, 2 * truth - 1).mean().item()
+        if n > 1:
+            r |= dict(mean=psnr(novel.mean(0), truth).mean().item(), best=each.max().item())
+            where = hidden(depth[0], alpha[0], cam)[shown]                    # (V', H, W)
+            if where.any():
+                r["std"] = novel.std(0).mean(1)[where].mean().item()
+        if views.meta["procedural"]:
+            v, amber, blue = data.door_pair(views, o)
+            x, cam = object_views(views, [int(index[0]), v], cfg.device)      # (1, 2, 3, H, W)
+            door = Camera(cam.w2c[:, 1:], cam.K[:, 1:], cam.hw)
+            x_hat, _, _ = render(g, repeat(door, n), background)              # (n, 1, 3, H, W)
+            r |= door_scores(x_hat[:, 0], x[0, 1], amber.to(x), blue.to(x))
+        scores.append(r)
+    return scores
 
 
-def predictor(network, cfg, background, samples=1):
-    """-> predict(x_src (B, 3, H, W), cam, objects): each sample's renderings (n, B, V, 3, H, W).
-    The noise belongs to the object's number, whatever else is drawn with it."""
-    def noise(o, k):
+def average_scores(scores):
+    names = {k for r in scores for k in r if k != "object"}
+    return {k: round(float(np.mean([r[k] for r in scores if k in r])), 6) for k in sorted(names)}
+
+
+# ---- who predicts: each is what `evaluate` calls -------------------------------------------------
+
+def noise_of(o, n, cfg):
+    """(n, 24, H, W): belongs to the object's number, whatever else is drawn with it."""
+    def one(k):
         gen = torch.Generator().manual_seed(10**6 * (cfg.seed + 1) + 10**3 * o + k)
         return torch.randn(S, cfg.size, cfg.size, generator=gen)
+    return torch.stack([one(k) for k in range(n)]).to(cfg.device)
 
-    sample = lambda x_src, eps: network.sample(x_src, eps, cfg.steps)
+
+def by_teacher(teacher):
+    """The teacher, told nothing."""
+    return lambda o, x_src, K: teacher.gaussians(teacher(x_src[:, None]), K)
+
+
+def told_index(views, o, n):
+    """The source view of test object o, and n random others."""
+    index = test_views(views, o, 0)
+    others = torch.randperm(len(index) - 1, generator=torch.Generator().manual_seed(o))[:n]
+    return torch.cat([index[:1], index[1:][others]])                          # (1 + n,)
+
+
+def by_told_teacher(teacher, views, cfg, background, choose):
+    """The teacher, told the truth by the views choose(o), source first: what a student learns from
+    and cannot beat."""
+    def predict(o, x_src, K):
+        x, cam = object_views(views, choose(o), cfg.device)
+        return teacher.gaussians(teacher(x, cam, background), K)
+    return predict
+
+
+def by_codes(teacher, views, cfg, background, n):
+    """Control, codes instead of diffusion: the teacher is told what it gets wrong in n others."""
+    @functools.cache
+    @torch.no_grad()
+    def code(o):
+        x, cam = object_views(views, told_index(views, o, cfg.told), cfg.device)
+        return teacher.code(x, cam, background)                               # (1, code)
+
+    def predict(o, x_src, K):
+        others = [i for i in range(len(views)) if i != o]
+        codes = torch.cat([code(others[(o + k) % len(others)]) for k in range(n)])    # (n, code)
+        raw, _ = teacher.unet(x_src.expand(n, -1, -1, -1), code=codes)        # (n, 24, H, W)
+        return teacher.gaussians(raw, K.expand(n, -1))
+    return predict
+
+
+def by_student(denoiser, cfg, n):
+    """n samples from pure noise."""
+    sample = lambda x_src, eps: denoiser.sample(x_src, eps, cfg.steps)
     if cfg.graph:   # ten steps on a single picture are hardly more than their launches
         sample = Captured(sample)
 
-    def predict(x_src, cam, objects):
-        if isinstance(network, Teacher):
-            g = network.gaussians(network(x_src[:, None]), cam.K[:, 0])
-            return render(g, cam, background)[0][None]                        # (1, B, V, 3, H, W)
-        eps = torch.stack([noise(o, k) for k in range(samples) for o in objects])   # (nB, 24, H, W)
-        s = sample(x_src.repeat(samples, 1, 1, 1), eps.to(x_src.device))      # (nB, 24, H, W)
-        g = network.gaussians(s, cam.K[:, 0].repeat(samples, 1))              # nB objects
-        return torch.stack([render(Gaussians(*parts), cam, background)[0]     # (B, V, 3, H, W)
-                            for parts in zip(*[x.split(len(x_src)) for x in g])])
+    def predict(o, x_src, K):
+        s = sample(x_src.repeat(n, 1, 1, 1), noise_of(o, n, cfg))             # (n, 24, H, W)
+        return denoiser.gaussians(s, K.expand(n, -1))
     return predict
+
+
+def view_error(gaussians, views, o, index, cfg, background):
+    """-> error(s): (n,) mean squared error of renderings of gaussians(s) from the views `index` but
+    the first, the source."""
+    x, cam = object_views(views, index, cfg.device)
+    x, cam = x[:, 1:], Camera(cam.w2c[:, 1:], cam.K[:, 1:], cam.hw)
+
+    def error(s):
+        x_hat, _, _ = render(gaussians(s), repeat(cam, len(s)), background)   # (n, V, 3, H, W)
+        return image_loss(x_hat, x)
+    return error
+
+
+def by_guided_student(denoiser, views, cfg, background, n):
+    """n samples, guided by the view from the other side."""
+    def predict(o, x_src, K):
+        gaussians = lambda s: denoiser.gaussians(s, K.expand(len(s), -1))
+        index = [int(test_views(views, o, 1)[0]), opposite_view(views, o)]
+        guide = view_error(gaussians, views, o, index, cfg, background)
+        s = denoiser.sample(x_src.expand(n, -1, -1, -1), noise_of(o, n, cfg), cfg.steps, guide)
+        return gaussians(s)
+    return predict
+
+
+def by_optimised_teacher(teacher, views, cfg, background, steps=100):
+    """Control of guidance: the teacher's splats, optimised on the source and the same view."""
+    def predict(o, x_src, K):
+        gaussians = lambda s: teacher.gaussians(s, K)
+        source, other = int(test_views(views, o, 1)[0]), opposite_view(views, o)
+        error = view_error(gaussians, views, o, [source, source, other], cfg, background)
+        raw = teacher(x_src[:, None]).requires_grad_()                        # (1, 24, H, W)
+        adam = torch.optim.Adam([raw], lr=0.02)
+        with torch.enable_grad():
+            for _ in range(steps):
+                adam.zero_grad()
+                error(raw).sum().backward()
+                adam.step()
+        return gaussians(raw.detach())
+    return predict
+
+
+def load_lpips(device):
+    """LPIPS of VGG (Zhang et al. 2018); the package brings its weights from torchvision."""
+    from lpips import LPIPS
+    return LPIPS(net="vgg", verbose=False).to(device)
+
+
+COLUMNS = {"both": ".2f", "decided": ".2f", "amber": ".2f", "true": ".2f", "one": ".2f",
+           "mean": ".2f", "best": ".2f", "std": ".4f", "ssim": ".3f", "lpips": ".3f",
+           "source": ".2f", "parameters": ",", "minutes": ".1f"}
+
+
+def predictors(cfg, views, out, background):
+    """Yields (name, predict, network, what its file says) for each row of the table that can be
+    made from the weights in `out`."""
+    n = cfg.samples
+    teacher, meta = load_network(out / "teacher.pt", Teacher, cfg.device)
+    yield "teacher", by_teacher(teacher), teacher, meta
+    if teacher.encoder:
+        told = lambda o: told_index(views, o, cfg.told)
+        opposite = lambda o: [int(test_views(views, o, 1)[0]), opposite_view(views, o)]
+        predict = by_told_teacher(teacher, views, cfg, background, told)
+        yield f"teacher, told {cfg.told} views", predict, teacher, meta
+        if len(views) > 1:
+            predict = by_codes(teacher, views, cfg, background, n)
+            yield "teacher, codes of others", predict, teacher, meta
+        predict = by_told_teacher(teacher, views, cfg, background, opposite)
+        yield "teacher, told 1 view", predict, teacher, meta
+        predict = by_optimised_teacher(teacher, views, cfg, background)
+        yield "teacher, optimised on 1", predict, teacher, meta
+    for stage in 1, 2:
+        if (out / f"stage_{stage}.pt").exists():
+            student, meta = load_network(out / f"stage_{stage}.pt", Denoiser, cfg.device)
+            yield f"stage {stage}", by_student(student, cfg, n), student, meta
+            predict = by_guided_student(student, views, cfg, background, n)
+            yield f"stage {stage}, guided by 1", predict, student, meta
 
 
 def results(cfg, splits, out, identity, background):
     """Every row of the table that can be made from what is in `out`; written to results.json."""
     views, device = on_device(splits[cfg.split], cfg.device), cfg.device
-    lpips = load_lpips(cfg.lpips, device) if cfg.lpips else None
-    train = splits["train"].images
-    train = train[:: max(1, len(train) // 4096)]
-    mean = sum(part.float().sum(0) for part in train.split(512)) / (255 * len(train))  # (3, H, W)
-    mean = mean.to(device)
-
-    def score(name, predict, file=None, **more):
-        """A row of the table, kept object by object in scores/."""
-        weights = hashlib.sha256(file.read_bytes()).hexdigest()[:12] if file else ""
-        about = dict(row=name, weights=weights, data=views.meta["fingerprint"],
-                     trained_on=identity["fingerprint"], size=cfg.size, eval_views=cfg.eval_views,
-                     seed=cfg.seed, steps=cfg.steps, lpips=bool(lpips))
+    images = splits["train"].images[:: max(1, len(splits["train"].images) // 4096)]
+    mean = (images.float().mean(0) / 255).to(device)                          # (3, H, W)
+    truths = [object_views(views, test_views(views, o, cfg.eval_views)[1:], device)[0][0]
+              for o in range(len(views))]                                     # (V, 3, H, W) each
+    rows = {"mean image": dict(
+        one=np.mean([psnr(mean, x).mean().item() for x in truths]),
+        ssim=np.mean([ssim(mean.expand_as(x), x).mean().item() for x in truths]))}
+    lpips = load_lpips(device) if cfg.lpips else None
+    for name, predict, network, meta in predictors(cfg, views, out, background):
+        scores = evaluate(predict, views, cfg, background, cfg.eval_views, range(len(views)), name,
+                          lpips)
         path = out / "scores" / f"{cfg.split}_{name.replace(',', '').replace(' ', '_')}.jsonl"
-        return {**evaluate(predict, views, cfg, name, path, about, lpips), **more}
-    rows = {"mean image": score("mean image", lambda x, cam, _: mean.expand(
-        1, *cam.K.shape[:2], -1, -1, -1))}
-    todo = [("teacher", "teacher.pt", Teacher, 1), ("stage 1", "stage_1.pt", Denoiser, 1),
-            ("stage 2", "stage_2.pt", Denoiser, 1),
-            (f"stage 2, mean of {cfg.samples}", "stage_2.pt", Denoiser, cfg.samples)]
-    for name, file, cls, samples in todo:
-        if (out / file).exists():
-            network, meta = load_network(out / file, cls, device)
-            predict = predictor(network, cfg, background, samples)
-            rows[name] = score(name, predict, out / file, minutes=meta["minutes"],
-                               parameters=sum(p.numel() for p in network.parameters()))
+        text = "".join(json.dumps(r) + "\n" for r in scores)
+        write_atomically(path, lambda f: f.write(text.encode()))
+        count = sum(p.numel() for p in network.parameters())
+        rows[name] = {**average_scores(scores), "parameters": count, "minutes": meta["minutes"]}
     kind = "procedural" if identity["procedural"] else "real"
     sources = sorted({int(test_views(views, o, 1)[0] - views.start[o]) for o in range(len(views))})
-    count = (f"{len(views)} {cfg.split} objects, view {' or '.join(map(str, sources))} in, "
-             f"{cfg.eval_views or 'all'} others out")
-    lines = [f"{views.meta['dataset']} ({kind}), {cfg.size}x{cfg.size}, {count}, seed {cfg.seed}",
-             f"{'':20}  novel PSNR   SSIM    LPIPS  source PSNR   SSIM    LPIPS   parameters  "
-             "minutes"]
+    lines = [f"{views.meta['dataset']} ({kind}), {cfg.size}x{cfg.size}, {len(views)} {cfg.split} "
+             f"objects, view {' or '.join(map(str, sources))} in, {cfg.eval_views or 'all'} others "
+             f"out, {cfg.samples} samples, seed {cfg.seed}; PSNR of one, their mean, the best; std "
+             "where the source hides"]
+    shown = [k for k in COLUMNS if any(k in r for r in rows.values())]
+    lines.append(" " * 24 + "".join(f"{k:>11}" for k in shown))
     for name, r in rows.items():
-        novel, source = (f"{r[f'lpips_{k}']:7.3f}" if lpips else "not run" for k in ("novel",
-                                                                                      "source"))
-        lines.append(f"{name:20}  {r['psnr_novel']:10.2f}  {r['ssim_novel']:.3f}  {novel}  "
-                     f"{r['psnr_source']:11.2f}  {r['ssim_source']:.3f}  {source}   "
-                     f"{r.get('parameters', 0):10,}  {r.get('minutes', 0):7.1f}")
-        if "std" in r:
-            lines.append(f"{cfg.samples} samples: each object's best {r['psnr_best']:.2f}; they "
-                         f"differ by {r['std']:.5f}, standard deviation of a novel view's pixels")
+        lines.append(f"{name:24}" + "".join(
+            f"{format(r[k], COLUMNS[k]) if k in r else '':>11}" for k in shown))
     record = dict(table=rows, config=asdict(cfg), data=identity, kind=kind, seed=cfg.seed,
-                  source_views=sources, lpips="vgg" if lpips else "not run",
-                  device=device_name(device), git=git_revision())
+                  source_views=sources, device=device_name(device), git=git_revision())
     write_atomically(out / "results.json", lambda f: f.write(json.dumps(record, indent=1).encode()))
     return "\n".join(lines)
 
 
+def unlike(views, background, n, among=64):
+    """Up to n of the first test objects, each of a colour as far as can be from those before."""
+    index = torch.stack([test_views(views, o, 1)[0] for o in range(min(among, len(views)))])
+    x = views.images[index.to(views.images.device)].to(background.device) / 255   # (O, 3, H, W)
+    object_ = ((x - background[:, None, None]).abs().amax(1, True) > 0.1)     # (O, 1, H, W)
+    colour = (x * object_).sum((2, 3)) / object_.sum((2, 3)).clamp(min=1)     # (O, 3)
+    chosen = [0]
+    while len(chosen) < min(n, len(colour)):
+        chosen.append(int(torch.cdist(colour, colour[chosen]).amin(1).argmax()))
+    return chosen
+
+
 @torch.no_grad()
-def watch(networks, views, cfg, background, path):
-    """Draws preview.png, a row for each of 6 objects: source | truth | each network's rendering of
-    the truth's view. Returns the last network's novel PSNR on 16 objects, for a curve."""
-    def pick(o):
-        i = test_views(views, o, 0)
-        return i[[0, *(1 + (37 * (o + 1) + k * len(i) // 4) % (len(i) - 1) for k in range(4))]]
-    index = torch.stack([pick(o) for o in range(min(16, len(views)))])        # (B, 5) source first
-    x, cam = (y.to(cfg.device) for y in data.gather(views, index))            # (B, 5, 3, H, W)
-    made = [predictor(net, cfg, background)(x[:, 0], cam, range(len(x)))[0]
-            for net in networks.values()]                                     # (B, 5, 3, H, W) each
-    sheet = torch.cat([x[:, 0], x[:, 1], *(m[:, 1] for m in made)], -1)[:6]   # (6, 3, H, columns W)
-    sheet = (sheet.movedim(1, -1).flatten(0, 1).clamp(0, 1) * 255).byte().cpu().numpy()
+def preview(teacher, student, views, cfg, background, path):
+    """Draws preview.png, a row for each of 6 objects: source | truth from the side that it hides |
+    the teacher's rendering of that side | samples'. The student may be None."""
+    predictions, titles, lines = [by_teacher(teacher)], ["source", "truth", "teacher"], []
+    if student:
+        predictions.append(by_student(student, replace(cfg, graph=False), cfg.preview_samples))
+        titles += [f"sample {k}" for k in range(cfg.preview_samples)]
+    for o in unlike(views, background, 6):
+        x, cam = object_views(views, [int(test_views(views, o, 1)[0]), opposite_view(views, o)],
+                              cfg.device)                                     # (1, 2, 3, H, W)
+        other, pictures = Camera(cam.w2c[:, 1:], cam.K[:, 1:], cam.hw), [*x[0]]
+        for predict in predictions:
+            g = predict(o, x[:, 0], cam.K[:, 0])                              # (n, N, ..)
+            x_hat, _, _ = render(g, repeat(other, len(g.xyz)), background)    # (n, 1, 3, H, W)
+            pictures += x_hat[:, 0]
+        lines.append(torch.cat(pictures, -1))                                 # (3, H, columns W)
+    sheet = torch.cat(lines, 1).movedim(0, -1).clamp(0, 1)                    # (6 H, columns W, 3)
     zoom = max(1, 128 // cfg.size)                                            # legible
-    sheet = np.pad(sheet.repeat(zoom, 0).repeat(zoom, 1), ((16, 0), (0, 0), (0, 0)))
-    picture = Image.fromarray(sheet)
-    for i, title in enumerate(["source", "truth", *networks]):
+    sheet = (sheet * 255).byte().cpu().numpy().repeat(zoom, 0).repeat(zoom, 1)
+    picture = Image.fromarray(np.pad(sheet, ((16, 0), (0, 0), (0, 0))))
+    for i, title in enumerate(titles):
         ImageDraw.Draw(picture).text((i * cfg.size * zoom + 4, 2), title, "white")
     write_atomically(path, lambda f: picture.save(f, "PNG"))
-    return psnr(made[-1][:, 1:], x[:, 1:]).mean().item()
+
+
+def held_out(network, views, cfg, background):
+    """Scores on a few test objects in 5 views of each, for a curve."""
+    few, n = (32, 16) if cfg.device.startswith("cuda") else (6, 4)            # objects, samples
+    predict = by_teacher(network) if isinstance(network, Teacher) else by_student(network, cfg, n)
+    return average_scores(evaluate(predict, views, cfg, background, 5, range(min(few, len(views)))))
 
 
 def curves(log, path):
@@ -458,7 +668,7 @@ def curves(log, path):
     black, of held-out objects; dotted, where the teacher ended."""
     rows = [r for r in map(json.loads, log.read_text().splitlines()) if "stage" in r]
     stages, end = sorted({r["stage"] for r in rows}), None
-    held = [r["psnr"] for r in rows if "psnr" in r]
+    held = [r["one"] for r in rows if "one" in r]
     low, high = math.floor(min(held)) - 1, math.ceil(max(held)) + 1           # dB
     W, H, left, top = 320, 260, 40, 24                                        # of a panel
     sheet = Image.new("L", (left + W * len(stages), top + H + 24), 255)
@@ -479,7 +689,7 @@ def curves(log, path):
         mse = [float(np.mean([*r["by_level"].values()] or [r["loss"]])) for r in mine]
         mse = [np.mean(mse[max(0, k - 4):k + 1]) for k in range(len(mse))]    # of 5 records
         pen.line(points([(r["step"], -10 * math.log10(m)) for r, m in zip(mine, mse)]), 170)
-        made = points([(r["step"], r["psnr"]) for r in mine if "psnr" in r])
+        made = points([(r["step"], r["one"]) for r in mine if "one" in r])
         pen.line(made, 0, 2)
         for u in range(x0, x0 + W - 20, 6) if end else ():
             pen.line([(u, end), (u + 2, end)], 0)
@@ -521,10 +731,12 @@ def learning_rate(cfg, stage, step):
 def draw_batch(views, cfg, stage, step, mine=slice(RANK, None, WORLD)):
     """Everything random in one step, from (seed, stage, step) alone: resuming needs no other state,
     and every process draws the whole batch and takes its own share of it.
+    V views: those that are rendered, and those that only tell the teacher.
     -> x (B, V, 3, H, W), w2c (B, V, 4, 4), K (B, V, 4), t (B,), eps (B, 24, H, W)."""
     seed = (cfg.seed * 3 + stage) * 10**9 + step
     gen, batch = torch.Generator().manual_seed(seed), cfg.batch[stage]
-    _, index = data.draw(views, batch, cfg.views, gen)                        # (B, V)
+    n_views = max(cfg.views, 1 + cfg.told) if cfg.code else cfg.views
+    _, index = data.draw(views, batch, n_views, gen)                          # (B, V)
     t = torch.randint(cfg.t_star + 1 if stage == 2 else 0, T, (batch,), generator=gen)   # (B,)
     if cfg.device.startswith("cuda"):                                         # the large one there
         gen = torch.Generator(cfg.device).manual_seed(seed)
@@ -537,6 +749,14 @@ def draw_batch(views, cfg, stage, step, mine=slice(RANK, None, WORLD)):
         return y.pin_memory().to(device, non_blocking=True)
     x, cam = data.gather(views, send(index[mine], views.images.device))
     return [send(y, cfg.device) for y in (x, cam.w2c, cam.K, t[mine], eps[mine])]
+
+
+def teacher_splats(teacher, views, cfg, background):
+    """Raw splats (B, 24, H, W) of 32 batches, as stage 1 will noise them."""
+    for i in range(32):
+        x, w2c, K, _, _ = draw_batch(views, cfg, 0, cfg.iters[0] + i, slice(None))
+        x = x if cfg.code else x[:, :1]
+        yield teacher(x, Camera(w2c, K, tuple(x.shape[-2:])), background)
 
 
 def on_device(views, device):
@@ -600,7 +820,7 @@ def average_gradients(params):
 def make_step(cfg, stage, network, teacher, background):
     """-> step, optimiser. step(x, w2c, K, t, eps, lr) trains once and waits for nothing; it returns
     the named losses, the loss per object (B,), the gradient's norm, and 1 if that was no number."""
-    params = list(network.parameters())
+    params = [x for x in network.parameters() if x.requires_grad]
     cuda = cfg.device.startswith("cuda")
     optimiser = torch.optim.Adam(params, lr=torch.zeros((), device=cfg.device), betas=(0.9, 0.99),
                                  eps=1e-8, fused=True, capturable=cuda)
@@ -615,13 +835,15 @@ def make_step(cfg, stage, network, teacher, background):
             net.unet.bf16 = cfg.bf16
             if cfg.compile:
                 net.unet.compile(dynamic=False)
+                if getattr(net, "encoder", None):
+                    net.encoder.compile(dynamic=False)
 
     def step(x, w2c, K, t, eps, lr):
         # ---- a single training step --------------------------------------------------------------
         cam = Camera(w2c, K, tuple(x.shape[-2:]))
         optimiser.zero_grad()   # to None: what backward makes is kept, not added
         if stage == 0:
-            losses, per_object = stage_0(network, x, cam, background)
+            losses, per_object = stage_0(network, x, cam, background, t, eps, cfg)
         else:
             losses, per_object = (stage_1, stage_2)[stage - 1](network, teacher, x, cam, background,
                                                                t, eps, cfg)
@@ -716,12 +938,13 @@ def train(cfg, splits, out, identity, background):
     device, stop, done_here = cfg.device, Stop(), 0
     views, test = on_device(splits["train"], device), splits[cfg.split]
     state = resume(out / "resume.pt", cfg, identity)
-    state["stage"] = max(state["stage"], 1 if cfg.teacher else 0)
     meet()                                         # before anyone writes what another still reads
+    if cfg.teacher and (not cfg.code or load_network(out / "teacher.pt", Teacher)[0].encoder):
+        state["stage"] = max(state["stage"], 1)    # a teacher that can be told needs no stage 0
     log = Log(out / "log.jsonl", state["stage"], state["step"],
               dict(config=asdict(cfg), data=identity, git=git_revision()))
     shape = ModelConfig(cfg.size, cfg.width, tuple(cfg.mult), cfg.blocks, cfg.attn,
-                        views.meta["near"], views.meta["far"])
+                        views.meta["near"], views.meta["far"], cfg.code)
     teacher = None
     for stage in range(state["stage"], 3):
         if not cfg.iters[stage]:
@@ -729,10 +952,13 @@ def train(cfg, splits, out, identity, background):
         # -- once a stage: the network that learns, its average, its optimiser
         iters = cfg.iters[stage]
         torch.manual_seed(cfg.seed)
-        if stage == 0 and cfg.init:
-            network = load_network(cfg.init, Teacher)[0]
-            if network.cfg != shape:
+        if stage == 0 and (cfg.init or cfg.teacher):
+            network = load_network(cfg.init or out / "teacher.pt", Teacher)[0]
+            if cfg.init and replace(network.cfg, code=cfg.code) != shape:
                 data.fail(f"--init={cfg.init}: a {network.cfg}, and here it is a {shape}")
+            if cfg.code and not network.encoder:
+                network = can_be_told(network, cfg.code)
+                network.requires_grad_(True) if cfg.init else None            # all is trained on
         elif stage == 0:
             network = Teacher(shape)
         else:
@@ -740,10 +966,9 @@ def train(cfg, splits, out, identity, background):
             teacher.to(memory_format=torch.channels_last)
             network = Denoiser(shape)
             if stage == 1:
-                images = (draw_batch(views, cfg, 0, cfg.iters[0] + i, slice(None))[0][:, 0]
-                          for i in range(32))
-                network.stats.copy_(splat_statistics(teacher, images))
-                if cfg.warm_start and teacher.cfg == shape:
+                network.stats.copy_(splat_statistics(teacher_splats(
+                    teacher, views, cfg, background)))
+                if cfg.warm_start and replace(teacher.cfg, code=cfg.code) == shape:
                     network.warm_start(teacher.unet)
                 elif cfg.warm_start and RANK == 0:
                     print(f"no warm start: the teacher is {teacher.cfg}, the student {shape}")
@@ -805,8 +1030,9 @@ def train(cfg, splits, out, identity, background):
                 bins = {} if stage == 0 else {f"t{20 * k}-{20 * k + 19}": total[k] / count[k]
                                               for k in range(T // 20) if count[k]}
                 if shown and RANK == 0:
-                    nets = {"teacher": teacher or average, **({"ours": average} if stage else {})}
-                    record["psnr"] = watch(nets, test, cfg, background, out / "preview.png")
+                    nets = (teacher, average) if stage else (average, None)
+                    preview(*nets, test, cfg, background, out / "preview.png")
+                    record |= held_out(average, test, cfg, background)
                 log(stage=stage, step=step + 1, **record, by_level=bins, grad_norm=float(norm),
                     skipped=state["skipped"], images_per_s=rate)
                 if shown and RANK == 0:
@@ -825,7 +1051,8 @@ def train(cfg, splits, out, identity, background):
         state = dict(stage=stage + 1, step=0, skipped=state["skipped"], minutes=state["minutes"],
                      config=asdict(cfg), data=identity)
         if RANK == 0:
-            save_network(out / f"{name}.pt", average, meta)
+            # a teacher that was given stays as it is, to the last bit
+            save_network(out / f"{name}.pt", average, meta, half=not (cfg.teacher and stage == 0))
             write_atomically(out / "resume.pt", lambda f: torch.save(state, f))
         meet()                                     # the next stage reads that file
         if asked:
@@ -858,7 +1085,7 @@ def benchmark(cfg, say):
     several GPUs, --batch and img/s are of all together, TFLOP/s and MiB of one."""
     global render   # what the losses draw with
     cuda, shape = cfg.device.startswith("cuda"), ModelConfig(cfg.size, cfg.width, cfg.mult,
-                                                             cfg.blocks, cfg.attn)
+                                                             cfg.blocks, cfg.attn, code=cfg.code)
     eager, graph = dict(graph=False, compile=False), dict(graph=True, compile=False)
     ways = {"eager": eager, "eager, one render an image": eager}
     if importlib.util.find_spec("gsplat") and cuda:
@@ -868,10 +1095,11 @@ def benchmark(cfg, say):
         ways |= {"captured, compiled": dict(graph=True)} if cfg.compile else {}
     if WORLD > 1:   # enough to compare with the table of one process
         ways = {k: v for k, v in ways.items() if k in ("eager", "captured", "captured, compiled")}
-    images = torch.randint(256, (4 * cfg.views, 3, cfg.size, cfg.size), dtype=torch.uint8)
-    _, cam = benchmark_scene(4, cfg.views, 1, cfg.size)
+    n = max(cfg.views, 1 + cfg.told)                                          # of each object
+    images = torch.randint(256, (4 * n, 3, cfg.size, cfg.size), dtype=torch.uint8)
+    _, cam = benchmark_scene(4, n, 1, cfg.size)
     views = data.Views(images, invert_pose(cam.w2c).flatten(0, 1), cam.K.flatten(0, 1),
-                       torch.arange(5) * cfg.views, [""] * 4, dict(size=cfg.size)).to(cfg.device)
+                       torch.arange(5) * n, [""] * 4, dict(size=cfg.size)).to(cfg.device)
     background = torch.ones(3, device=cfg.device)
     say(f"{device_name(cfg.device)}; {cfg.size}x{cfg.size}, U-Net {cfg.width} x {cfg.mult}, "
         f"{cfg.blocks} blocks, bf16={cfg.bf16}, {cfg.views} views, {cfg.steps} steps; medians\n"
@@ -954,6 +1182,12 @@ def main():
         given = load_teacher(cfg.teacher, meta["near"], meta["far"])
         if given.cfg.size != cfg.size:
             data.fail(f"{cfg.teacher} is for {given.cfg.size} pixels: give --size={given.cfg.size}")
+        if cfg.code and given.cfg.code not in (0, cfg.code):
+            data.fail(f"{cfg.teacher} is told in {given.cfg.code} numbers: give "
+                      f"--code={given.cfg.code}, or --code=0 to tell it nothing")
+        if cfg.code and not given.cfg.code and not cfg.iters[0]:
+            data.fail(f"{cfg.teacher} cannot be told anything yet: give stage 0 steps to teach it, "
+                      "or --code=0 for the paper's own recipe")
         save_network(out / "teacher.pt", given, provenance(
             cfg, splits["train"], identity, stage=0, iters=0, minutes=0.0, source=cfg.teacher),
             half=False)
@@ -969,6 +1203,11 @@ def main():
     if RANK > 0:
         return
     print(results(cfg, splits, out, identity, background))
+    teacher = load_network(out / "teacher.pt", Teacher, cfg.device)[0]
+    students = [out / f"stage_{stage}.pt" for stage in (1, 2)]
+    students = [load_network(path, Denoiser, cfg.device)[0] for path in students if path.exists()]
+    preview(teacher, students[-1] if students else None, splits[cfg.split], cfg, background,
+            out / "preview.png")
     print(f"{(time.time() - began) / 60:.1f} minutes; {out}/: preview.png curves.png results.json "
           f"log.jsonl scores teacher.pt stage_1.pt stage_2.pt\n"
           f"now: python sample.py <picture of a car>")
