@@ -39,7 +39,7 @@ from teacher import Teacher
 
 HERE = Path(__file__).parent
 SIDES = 24      # of one turn, from which the samples are compared: every 15 degrees
-STRANGE = 12    # dB below held-out cars at which a picture is warned of; chairs lie there
+STRANGE = 11    # dB below held-out cars at which a picture is warned of; chairs lie there
 
 
 # ---- noise -> splats -----------------------------------------------------------------------------

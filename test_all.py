@@ -1514,7 +1514,7 @@ def test_gradients_reach_every_parameter_through_unrolled_steps(shape):
         assert p.grad is not None and p.grad.abs().sum() > 0, name
 
 
-@pytest.mark.parametrize("theirs, mine", itertools.product([TINY, TOLD], repeat=2))
+@pytest.mark.parametrize("theirs, mine", [*itertools.product([TINY, TOLD], repeat=2)])
 def test_a_warm_start_is_the_teacher_told_nothing_whatever_the_noise(theirs, mine):
     """Against the teacher's own raw splats; a code of 0 is read off any noise, and what the teacher
     makes of another the student makes of it, too."""
