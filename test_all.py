@@ -2147,6 +2147,7 @@ def test_a_teacher_is_trained_on(trained, cars, tmp_path):
                     for folder in (trained[0], tmp_path / str(lr)))
         assert all(torch.equal(old[k], new[k]) for k in old) == same
     assert "width=8" in script("train", *flags, "--width=16", ok=False).splitlines()[-1]
+    assert "give --code=8" in script("train", *flags, "--code=4", ok=False).splitlines()[-1]
     with pytest.raises(SystemExit, match="--init is where"):
         train.parse(["--init=a.pt", "--teacher=b.pt", "--device=cpu"])
     with pytest.raises(SystemExit, match="--t_star=99: give 0 to 98"):
@@ -2195,6 +2196,7 @@ def test_a_teacher_that_is_given_is_taught_to_be_told(cars, tmp_path):
     assert "cannot be told anything yet" in script(
         "train", *flags, f"--out={tmp_path}/none", "--iters=(0,2,1)", ok=False)
     script("train", *taught, "--max_steps=1", ok=False)
+    inside = (tmp_path / "ours/resume.pt").read_bytes()
     said = script("train", *taught)
     assert "no warm start" not in said
     log = map(json.loads, (tmp_path / "ours/log.jsonl").read_text().splitlines()[1:])
@@ -2207,6 +2209,9 @@ def test_a_teacher_that_is_given_is_taught_to_be_told(cars, tmp_path):
     given = load_splatter_image(tmp_path / "model_cars.pth", 0.8, 1.8).state_dict()
     assert all(torch.equal(p, teacher.state_dict()[k]) for k, p in given.items())
     assert teacher.encoder and load_network(tmp_path / "ours/stage_2.pt", Denoiser)[0].unet.read
+    # as if it had been killed between the two last writes of stage 0
+    (tmp_path / "ours/resume.pt").write_bytes(inside)
+    script("train", *taught)
     # it can be told now, so that in another run it needs no stage 0, and neither if it is not told
     for k, code, stages in ("again", 8, [1]), ("silent", 0, [1]):
         script("train", *SMALL, f"--root={cars}", f"--teacher={tmp_path}/ours/teacher.pt",
@@ -2303,7 +2308,7 @@ def test_keeping_only_the_splats_between_steps_changes_nothing(code, best_of):
 
 @needs_cuda
 @pytest.mark.parametrize("bf16, compiled, code, best_of", [
-    (False, False, 0, 1), (False, False, 4, 2), (True, False, 4, 2), (True, True, 4, 1)])
+    (False, False, 0, 1), (False, False, 4, 2), (True, False, 4, 1), (True, True, 4, 1)])
 def test_a_captured_step_trains_like_an_eager_one(bf16, compiled, code, best_of):
     """Against the step as it is written: the losses of 20 steps. Compiling all stages takes
     minutes, so it is done for one."""
@@ -2463,11 +2468,12 @@ def test_the_told_teachers_door_is_the_one_it_is_told(cars):
     cam = Camera(*[y.expand(2, *y.shape[1:]) for y in (cam.w2c, cam.K)], cam.hw)
     door = Camera(cam.w2c[:, 1:], cam.K[:, 1:], cam.hw)
     with torch.no_grad():
-        told, nothing = (render(teacher.gaussians(teacher(y, cam, torch.ones(3)), cam.K[:, 0]), door,
-                                torch.ones(3))[0][:, 0] for y in (x, x[:, :1]))   # (2, 3, 64, 64)
+        raw = [teacher(y, cam, torch.ones(3)) for y in (x, x[:, :1])]         # (2, 24, 64, 64)
+        told, nothing = (render(teacher.gaussians(r, cam.K[:, 0]), door, torch.ones(3))[0][:, 0]
+                         for r in raw)                                        # (2, 3, 64, 64)
     one = train.door_scores(told, amber, amber, blue)
     assert one["both"] == 1 and one["decided"] == 1 and one["amber"] == 0.5
-    assert train.door_scores(told[:1], amber, amber, blue)["true"] == 1             # and not the twin's
+    assert train.door_scores(told[:1], amber, amber, blue)["true"] == 1   # not the twin's
     assert train.door_scores(nothing, amber, amber, blue)["decided"] == 0
 
 

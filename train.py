@@ -940,7 +940,8 @@ def train(cfg, splits, out, identity, background):
     state = resume(out / "resume.pt", cfg, identity)
     meet()                                         # before anyone writes what another still reads
     if cfg.teacher and (not cfg.code or load_network(out / "teacher.pt", Teacher)[0].encoder):
-        state["stage"] = max(state["stage"], 1)    # a teacher that can be told needs no stage 0
+        if state["stage"] == 0:                    # a teacher that can be told needs no stage 0
+            state.update(stage=1, step=0)
     log = Log(out / "log.jsonl", state["stage"], state["step"],
               dict(config=asdict(cfg), data=identity, git=git_revision()))
     shape = ModelConfig(cfg.size, cfg.width, tuple(cfg.mult), cfg.blocks, cfg.attn,
@@ -956,6 +957,9 @@ def train(cfg, splits, out, identity, background):
             network = load_network(cfg.init or out / "teacher.pt", Teacher)[0]
             if cfg.init and replace(network.cfg, code=cfg.code) != shape:
                 data.fail(f"--init={cfg.init}: a {network.cfg}, and here it is a {shape}")
+            if cfg.init and network.cfg.code not in (0, cfg.code):
+                data.fail(f"--init={cfg.init}: it is told in {network.cfg.code} numbers: give "
+                          f"--code={network.cfg.code}")
             if cfg.code and not network.encoder:
                 network = can_be_told(network, cfg.code)
                 network.requires_grad_(True) if cfg.init else None            # all is trained on
