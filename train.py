@@ -1208,13 +1208,13 @@ def main():
         return
     print(results(cfg, splits, out, identity, background))
     teacher = load_network(out / "teacher.pt", Teacher, cfg.device)[0]
-    students = [out / f"stage_{stage}.pt" for stage in (1, 2)]
-    students = [load_network(path, Denoiser, cfg.device)[0] for path in students if path.exists()]
-    preview(teacher, students[-1] if students else None, splits[cfg.split], cfg, background,
-            out / "preview.png")
+    paths = [out / f"stage_{k}.pt" for k in (1, 2) if (out / f"stage_{k}.pt").exists()]
+    student = load_network(paths[-1], Denoiser, cfg.device)[0] if paths else None
+    preview(teacher, student, splits[cfg.split], cfg, background, out / "preview.png")
     print(f"{(time.time() - began) / 60:.1f} minutes; {out}/: preview.png curves.png results.json "
-          f"log.jsonl scores teacher.pt stage_1.pt stage_2.pt\n"
-          f"now: python sample.py <picture of a car>")
+          "log.jsonl scores teacher.pt stage_1.pt stage_2.pt")
+    if paths:
+        print(f"now: python sample.py <picture> --weights {paths[-1]}")
 
 
 if __name__ == "__main__":
