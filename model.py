@@ -147,7 +147,7 @@ class Block(nn.Module):
         if emb is not None:
             scale, shift = self.affine(emb)[:, :, None, None].chunk(2, 1)     # (B, c_out, 1, 1)
             h = h * (1 + scale) + shift
-        h = self.conv1(F.silu(h))                                 # (B, c_out, H', W')
+        h = self.conv1(F.silu(h))                                             # (B, c_out, H', W')
         x = self.skip(self.resized(x)) if self.skip else x
         x = (x + h) * 0.5 ** 0.5                                              # keeps the variance
         if self.qkv:
@@ -225,7 +225,8 @@ class UNet(nn.Module):
         with torch.autocast(x.device.type, torch.bfloat16, self.bf16, cache_enabled=False):
             x, code = self.features(x, t, code)
         # bfloat16 has 8 bits, too few for a depth: what leaves the network is float32
-        return self.out(self.aux_conv(F.silu(self.aux_norm(x.float())))), code
+        raw = self.out(self.aux_conv(F.silu(self.aux_norm(x.float()))))       # (B, 24, H, W)
+        return raw, code
 
     def features(self, x, t, code):
         """(B, c_in, H, W) -> (B, width, H, W), and the code."""
@@ -354,19 +355,20 @@ class Denoiser(nn.Module):
         """Begin as the teacher (our addition): its weights, and zeros for what it does not have:
         noisy splats, time, and reading. At step 0 the splats are those of a teacher that is told
         nothing, whatever the noise."""
-        theirs = unet.state_dict()
+        theirs, code = unet.state_dict(), self.cfg.code
         for name, mine in self.unet.state_dict().items():
-            if ".affine." in name or name.startswith("read."):
+            affine = ".affine." in name
+            if affine or name.startswith("read.") or name in theirs:
                 mine.zero_()
-                if name in theirs and mine.dim() == 1:
-                    mine.copy_(theirs[name])
-                elif name in theirs:                          # the last columns are the code's
-                    code = self.cfg.code
-                    mine[:, mine.shape[1] - code:].copy_(theirs[name][:, :code])
-            elif name in theirs and mine.dim() > 1:
-                mine.zero_()[:, :theirs[name].shape[1]].copy_(theirs[name])
-            elif name in theirs:
-                mine.copy_(theirs[name])
+            if name not in theirs:
+                continue
+            w = theirs[name]
+            if w.dim() == 1:
+                mine.copy_(w)
+            elif affine:                                      # the last columns are the code's
+                mine[:, mine.shape[1] - code:] = w[:, :code]
+            else:                                             # the first channels are the picture's
+                mine[:, :w.shape[1]] = w
 
 
 # ---- devices, and weights on disk ----------------------------------------------------------------

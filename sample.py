@@ -44,12 +44,12 @@ STRANGE = 11    # dB below held-out cars at which a picture is warned of; chairs
 
 # ---- noise -> splats -----------------------------------------------------------------------------
 
-def guidance(denoiser, x, cam, background):
-    """-> guide(s_hat) for `denoise`: the error (B,) against all views but the first, the source.
-    x (1, V, 3, H, W) in [0, 1]; cam (1, V)."""
-    def guide(s_hat):
-        B = len(s_hat)
-        g = denoiser.gaussians(s_hat, cam.K[:, 0].expand(B, -1))
+def guidance(network, x, cam, background):
+    """-> guide(s) for `denoise`: the error (B,) of splats s (B, 24, H, W) of the denoiser, or raw
+    ones of the teacher, in all views but the first, the source. x (1, V, 3, H, W) in [0, 1]."""
+    def guide(s):
+        B = len(s)
+        g = network.gaussians(s, cam.K[:, 0].expand(B, -1))
         w2c = cam.w2c[:, 1:].expand(B, -1, -1, -1)                            # (B, V-1, 4, 4)
         K = cam.K[:, 1:].expand(B, -1, -1)                                    # (B, V-1, 4 or 5)
         x_hat, _, _ = render(g, Camera(w2c, K, cam.hw), background)           # (B, V-1, 3, H, W)

@@ -25,8 +25,8 @@ from rasterize import Camera, render
 class Encoder(nn.Module):
     """The teacher's errors in further views -> a short code (ours).
 
-    The average colour of the errors has a way of its own into the code: it is small, but the part
-    that a picture cannot tell is most of it, so that training begins at once."""
+    The average colour of the errors goes into the code directly: from the first step it says
+    something that the picture does not, and the rest of the encoder can learn from there."""
 
     def __init__(self, code):
         super().__init__()
@@ -100,7 +100,7 @@ def splat_statistics(batches):
     subtracts and divides by."""
     count, (total, square) = 0, torch.zeros(2, S, dtype=torch.float64)
     for raw in batches:
-        s = canonical(raw).double().movedim(1, 0).flatten(1).cpu()   # (24, BHW)
+        s = canonical(raw).double().movedim(1, 0).flatten(1).cpu()            # (24, BHW)
         count, total, square = count + s.shape[1], total + s.sum(1), square + s.square().sum(1)
     mean = total / count
     std = (square / count - mean ** 2).clamp(min=1e-6).sqrt()                # at least 0.001

@@ -2047,7 +2047,7 @@ def test_controls_and_guided_samples_come_nearer_to_the_view_that_they_are_given
     views, white = data.load(cars, "cars", "test", 16, quiet=True), torch.ones(3)
     teacher, student = Teacher(TINY), Denoiser(TINY)
     cfg = train.Config(size=16, device="cpu", steps=5)
-    v = train.opposite_view(views, 0)
+    _, v = train.opposite_views(views, 0)
     axes = views.c2w[:, :3, 2]
     assert (axes @ axes[64]).argmin() == v and v != 64
     x, cam = train.object_views(views, [64, v], "cpu")

@@ -46,6 +46,7 @@ from model import (STEPS, T, T_STAR, WEIGHTINGS, Denoiser, ModelConfig, S, add_n
                    save_network, write_atomically)
 from rasterize import (C0, Camera, Gaussians, benchmark_scene, gsplat, invert_pose, milliseconds,
                        render)
+from sample import guidance
 from teacher import Teacher, can_be_told, load_teacher, splat_statistics
 
 
@@ -119,13 +120,13 @@ GPU = dict(n_train=2000, n_test=200, size=128, width=64, mult=(1, 2, 2, 2), attn
            iters=(20000, 5000, 2000), batch=(32, 32, 10), lr=(5e-4, 5e-4, 5e-5), views=4,
            warmup=500, ema=0.999, told=16, best_of=4, steps=STEPS, eval_views=50, log_every=50,
            preview_every=500, save_every=500, bf16=True, graph=True, compile=True,
-           weighting="noise")      # better in longer runs: assets/results.md, 3
+           weighting="noise")      # better in longer runs: assets/results.md, "Before", 3
 # What the paper says, and where it is silent Splatter Image: its teacher is --width=128 --blocks=4.
 # The numbers of steps of stages 1 and 2 are ours; those of stage 0 stand in data.DATASETS.
 PAPER = dict(code=0, best_of=1, size=128, width=96, mult=(1, 2, 2, 2), blocks=3, attn=16,
-             warm_start=False, views=4,
-             batch=(8, 100, 10), lr=(5e-5, 1e-4, 5e-5), clip=1e9, ema=0.9999, warmup=500,
-             w_cyc=1.0, weighting="noise", steps=STEPS, eval_views=0, checkpoint=True)
+             warm_start=False, views=4, batch=(8, 100, 10), lr=(5e-5, 1e-4, 5e-5), clip=1e9,
+             ema=0.9999, warmup=500, w_cyc=1.0, weighting="noise", steps=STEPS, eval_views=0,
+             checkpoint=True)
 PAPER_ITERS = 100_000, 20_000
 SESSION = {"out", "root", "device", "eval_only", "benchmark", "max_steps", "eval_views", "samples",
            "log_every", "preview_every", "save_every",             # these may change between calls
@@ -196,7 +197,8 @@ def parse(argv):
 
 # ---- the three losses ----------------------------------------------------------------------------
 # Each: networks and one batch in, named losses out, the total first. x (B, V, 3, H, W) and cam hold
-# the source view and then the targets; all V are rendered, as Splatter Image does.
+# the source view, the targets, and views that only tell the teacher. The source and the targets are
+# rendered, as Splatter Image does.
 
 def image_loss(x_hat, x):
     """|| x - x_hat ||^2 per object: (B, V, 3, H, W) twice -> (B,)."""
@@ -226,9 +228,10 @@ def stage_0(teacher, x, cam, background, t, eps, cfg):
     teacher), the other half what the further views show (ours)."""
     code, half = None, len(x) // 2
     if teacher.encoder:
-        code = teacher.code(x, cam, background)                               # (B, code)
-        code = code + cfg.code_noise * eps.flatten(1)[:, :cfg.code]           # eps is noise, too
-        code = code * (torch.arange(len(x), device=x.device) >= half)[:, None]
+        late = Camera(cam.w2c[half:], cam.K[half:], cam.hw)
+        code = teacher.code(x[half:], late, background)                       # (B - half, code)
+        code = code + cfg.code_noise * eps[half:].flatten(1)[:, :cfg.code]    # eps is noise, too
+        code = F.pad(code, (0, 0, half, 0))                                   # (B, code) 0: nothing
     raw, _ = teacher.unet(x[:, 0], code=code)                                 # (B, 24, H, W)
     x, cam = first_views(x, cam, cfg.views)
     x_hat, _, _ = render(teacher.gaussians(raw, cam.K[:, 0]), cam, background)
@@ -243,11 +246,9 @@ def noised_teacher(denoiser, teacher, x, cam, background, t, eps, cfg):
     """-> s_teacher, s_t (B, 24, H, W) each, and the code (B, code). Ours: the teacher is told what
     the further views show; with --code=0 it sees the source alone, as in the paper."""
     with torch.no_grad():
-        code = teacher.code(x, cam, background) if cfg.code else None         # (B, code)
-        if teacher.encoder and not cfg.code:
-            code = teacher.code(x[:, :1], cam, background)                    # (B, code) zeros
+        code = teacher.code(x if cfg.code else x[:, :1], cam, background)     # (B, code)
         raw, _ = teacher.unet(x[:, 0], code=code)                             # (B, 24, H, W)
-        s_teacher = normalise(raw, denoiser.stats)
+        s_teacher = normalise(raw, denoiser.stats)                            # (B, 24, H, W)
     return s_teacher, add_noise(s_teacher, t, eps), code
 
 
@@ -260,12 +261,12 @@ def stage_1(denoiser, teacher, x, cam, background, t, eps, cfg):
     x_hat, _, _ = render(denoiser.gaussians(s_hat, cam.K[:, 0]), cam, background)
     per_object = image_loss(x_hat, x)                                         # (B,)
     frozen = lambda image, K: teacher.gaussians(teacher(image[:, None]), K)
+    zero = x.new_zeros(())
     loss_3dgs = F.mse_loss(s_hat, s_teacher)
     loss_image = per_object.mean()
-    zero = x.new_zeros(())
     loss_cyc = cycle_loss(frozen, x, x_hat, cam, background) if cfg.w_cyc else zero
     loss_code = F.mse_loss(code_hat.float(), code) if cfg.code else zero
-    loss = (cfg.w_3dgs * loss_3dgs + loss_image + cfg.w_cyc * loss_cyc + cfg.w_code * loss_code)
+    loss = cfg.w_3dgs * loss_3dgs + loss_image + cfg.w_cyc * loss_cyc + cfg.w_code * loss_code
     return dict(loss=loss, loss_3dgs=loss_3dgs, loss_image=loss_image, loss_cyc=loss_cyc,
                 loss_code=loss_code), per_object
 
@@ -282,9 +283,10 @@ def stage_2(denoiser, teacher, x, cam, background, t, eps, cfg):
 
     def error(s):
         x_hat, _, _ = render(denoiser.gaussians(s, cam.K[:, 0]), cam, background)
-        return image_loss(x_hat, x), x_hat                                    # (B,)
+        return image_loss(x_hat, x), x_hat                                    # (B,) (B, V, 3, H, W)
     if cfg.best_of > 1:
         with torch.no_grad():
+            # shifted noise is noise, too, and needs no drawing
             noises = [eps.roll(k * cfg.size // cfg.best_of, 3) for k in range(cfg.best_of)]
             starts = torch.stack([add_noise(s_teacher, t, e) for e in noises])    # (n, B, 24, H, W)
             ends = [list(denoise(denoiser, s, t, x[:, 0], cfg.steps))[-1] for s in starts]
@@ -343,11 +345,11 @@ def test_views(views, o, n_views):
     return torch.tensor([source] + targets)                                   # (1 + n,)
 
 
-def opposite_view(views, o):
-    """Index of the view of test object o that looks the other way than its source view."""
+def opposite_views(views, o):
+    """[source view of test object o, the view that looks the other way]: indices."""
     source, *targets = test_views(views, o, 0).tolist()
     axes = views.c2w[:, :3, 2].cpu()                                          # (M, 3)
-    return targets[int((axes[targets] @ axes[source]).argmin())]
+    return [source, targets[int((axes[targets] @ axes[source]).argmin())]]
 
 
 def object_views(views, index, device):
@@ -469,8 +471,8 @@ def told_index(views, o, n):
 
 
 def by_told_teacher(teacher, views, cfg, background, choose):
-    """The teacher, told the truth by the views choose(o), source first: what a student learns from
-    and cannot beat."""
+    """The teacher, told the truth by the views choose(o), source first: what a student learns from.
+    """
     def predict(o, x_src, K):
         x, cam = object_views(views, choose(o), cfg.device)
         return teacher.gaussians(teacher(x, cam, background), K)
@@ -505,35 +507,23 @@ def by_student(denoiser, cfg, n):
     return predict
 
 
-def view_error(gaussians, views, o, index, cfg, background):
-    """-> error(s): (n,) mean squared error of renderings of gaussians(s) from the views `index` but
-    the first, the source."""
-    x, cam = object_views(views, index, cfg.device)
-    x, cam = x[:, 1:], Camera(cam.w2c[:, 1:], cam.K[:, 1:], cam.hw)
-
-    def error(s):
-        x_hat, _, _ = render(gaussians(s), repeat(cam, len(s)), background)   # (n, V, 3, H, W)
-        return image_loss(x_hat, x)
-    return error
-
-
 def by_guided_student(denoiser, views, cfg, background, n):
     """n samples, guided by the view from the other side."""
     def predict(o, x_src, K):
-        gaussians = lambda s: denoiser.gaussians(s, K.expand(len(s), -1))
-        index = [int(test_views(views, o, 1)[0]), opposite_view(views, o)]
-        guide = view_error(gaussians, views, o, index, cfg, background)
-        s = denoiser.sample(x_src.expand(n, -1, -1, -1), noise_of(o, n, cfg), cfg.steps, guide)
-        return gaussians(s)
+        guide = guidance(denoiser, *object_views(views, opposite_views(views, o), cfg.device),
+                         background)
+        x_src, eps = x_src.expand(n, -1, -1, -1), noise_of(o, n, cfg)         # (n, 24, H, W)
+        s = denoiser.sample(x_src, eps, cfg.steps, guide)                     # (n, 24, H, W)
+        return denoiser.gaussians(s, K.expand(n, -1))
     return predict
 
 
 def by_optimised_teacher(teacher, views, cfg, background, steps=100):
     """Control of guidance: the teacher's splats, optimised on the source and the same view."""
     def predict(o, x_src, K):
-        gaussians = lambda s: teacher.gaussians(s, K)
-        source, other = int(test_views(views, o, 1)[0]), opposite_view(views, o)
-        error = view_error(gaussians, views, o, [source, source, other], cfg, background)
+        source, other = opposite_views(views, o)
+        x, cam = object_views(views, [source, source, other], cfg.device)     # (1, 3, 3, H, W)
+        error = guidance(teacher, x, cam, background)    # in all views but the first
         raw = teacher(x_src[:, None]).requires_grad_()                        # (1, 24, H, W)
         adam = torch.optim.Adam([raw], lr=0.02)
         with torch.enable_grad():
@@ -541,7 +531,7 @@ def by_optimised_teacher(teacher, views, cfg, background, steps=100):
                 adam.zero_grad()
                 error(raw).sum().backward()
                 adam.step()
-        return gaussians(raw.detach())
+        return teacher.gaussians(raw.detach(), K)
     return predict
 
 
@@ -564,7 +554,7 @@ def predictors(cfg, views, out, background):
     yield "teacher", by_teacher(teacher), teacher, meta
     if teacher.encoder:
         told = lambda o: told_index(views, o, cfg.told)
-        opposite = lambda o: [int(test_views(views, o, 1)[0]), opposite_view(views, o)]
+        opposite = lambda o: opposite_views(views, o)
         predict = by_told_teacher(teacher, views, cfg, background, told)
         yield f"teacher, told {cfg.told} views", predict, teacher, meta
         if len(views) > 1:
@@ -639,8 +629,7 @@ def preview(teacher, student, views, cfg, background, path):
         predictions.append(by_student(student, replace(cfg, graph=False), cfg.preview_samples))
         titles += [f"sample {k}" for k in range(cfg.preview_samples)]
     for o in unlike(views, background, 6):
-        x, cam = object_views(views, [int(test_views(views, o, 1)[0]), opposite_view(views, o)],
-                              cfg.device)                                     # (1, 2, 3, H, W)
+        x, cam = object_views(views, opposite_views(views, o), cfg.device)    # (1, 2, 3, H, W)
         other, pictures = Camera(cam.w2c[:, 1:], cam.K[:, 1:], cam.hw), [*x[0]]
         for predict in predictions:
             g = predict(o, x[:, 0], cam.K[:, 0])                              # (n, N, ..)
