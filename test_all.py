@@ -2425,7 +2425,7 @@ def test_the_weights_that_come_with_the_code_draw_what_they_did(cars):
     """Against the PSNR of held-out car 0 when they were committed: view 64 in, ten views out."""
     views, background = data.load(cars, "cars", "test", 64, quiet=True), torch.ones(3)
     cfg = train.Config(size=64, device="cpu", steps=10)
-    for name, kind, psnr in ("cars", Denoiser, 30.91), ("teacher", Teacher, 30.93):
+    for name, kind, psnr in ("cars", Denoiser, 31.27), ("teacher", Teacher, 31.21):
         path = HERE / f"weights/{name}.pt"
         network, meta = load_network(path, kind)
         by = train.by_student(network, cfg, 1) if name == "cars" else train.by_teacher(network)
