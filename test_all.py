@@ -22,6 +22,7 @@ import time
 import zlib
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 from unittest import mock
 from urllib.parse import urlencode
@@ -34,12 +35,14 @@ from PIL import Image, ImageOps
 import data
 import rasterize
 import sample
+import toys.cars
 import train
+from csrc.bench import benchmark_scene, gsplat
 from model import (RHO, T, T_STAR, S, Denoiser, ModelConfig, add_noise, alpha_bar, ddim_step,
                    denoise, denormalise, lambda_t, load_checkpoint, load_network, normalise,
                    save_network, signal_noise, splats_to_gaussians, write_atomically)
-from rasterize import (ALPHA_MAX, C0, C1, LOW_PASS, NEAR, Camera, Gaussians, benchmark_scene,
-                       invert_pose, matrix_to_quat, quat_to_matrix, render, transform)
+from rasterize import (ALPHA_MAX, C0, C1, LOW_PASS, NEAR, Camera, Gaussians, invert_pose,
+                       matrix_to_quat, quat_to_matrix, render, transform)
 from teacher import Teacher, can_be_told, load_splatter_image, splat_statistics
 
 HERE = Path(__file__).resolve().parent
@@ -686,7 +689,8 @@ def run_python(code, cwd=HERE, **env):
 def test_without_a_compiler_auto_says_so_once_and_cpu_refuses(tmp_path):
     """Against the two sentences, in a fresh process."""
     p = run_python("""
-g, cam = rasterize.benchmark_scene(1, 1, 4, 8)
+from csrc.bench import benchmark_scene
+g, cam = benchmark_scene(1, 1, 4, 8)
 for _ in range(2):
     rasterize.render(g, cam, (1., 1., 1.))
 rasterize.render(g, cam, (1., 1., 1.), backend="cpu")
@@ -851,7 +855,7 @@ def test_gsplat_draws_the_same_image(B, V, N, size):
     mine, theirs = ([x.detach().clone().requires_grad_() for x in y]
                     for y in (g, g._replace(sh=rgb.clamp(min=0))))
     out = render(Gaussians(*mine), cam, background)[:2]
-    peer = rasterize.gsplat(Gaussians(*theirs), cam, background, 16)
+    peer = gsplat(Gaussians(*theirs), cam, background, 16)
     d_out = [torch.rand_like(x) for x in out]
     d, d_peer = torch.autograd.grad(out, mine, d_out), torch.autograd.grad(peer, theirs, d_out)
     d_peer = (*d_peer[:4], (C0 * d_peer[4] * (rgb > 0))[:, :, None])
@@ -934,7 +938,7 @@ def test_cars_are_written_and_read_back(cars):
     assert train.meta["procedural"] and train.meta["fingerprint"] != test.meta["fingerprint"]
     attributes = json.loads((cars / "cars/cars_train/train_00000/attributes.json").read_text())
     assert set(attributes["doors"]) == {"left", "right"}
-    assert set(attributes["doors"].values()) <= set(data.DOORS)
+    assert set(attributes["doors"].values()) <= set(toys.cars.DOORS)
 
 
 def test_the_source_view_of_a_batch_is_exactly_the_identity(cars):
@@ -951,12 +955,12 @@ def test_the_source_view_of_a_batch_is_exactly_the_identity(cars):
 
 def picture_of_a_box(xyz, c2w, K, S):
     """(S, S, 4) uint8: a tiny red box at xyz, ray cast; red is seen on white and on black."""
-    box = data.box(*np.stack([xyz - .02, xyz + .02], 1), (0, 0, 0))
+    box = toys.cars.box(*np.stack([xyz - .02, xyz + .02], 1), (0, 0, 0))
     table = np.float32([[1, 1, 1, 0]] + [[1, 0, 0, 1]] * 6)         # background, then six faces
-    scene = data.SimpleNamespace(n=box.n, d=box.d, corners=box.corners, table=table,
+    scene = SimpleNamespace(n=box.n, d=box.d, corners=box.corners, table=table,
                                  first=np.array([0, 6]), first_corner=[0],
                                  owner=np.zeros(6, int), skin=np.ones(6, bool))
-    return data.trace(scene, c2w, K, S)
+    return toys.cars.trace(scene, c2w, K, S)
 
 
 def centroid(cover):
@@ -967,7 +971,7 @@ def centroid(cover):
 
 def test_a_known_point_lands_on_its_pixel():
     """Against the pinhole formula: tiny boxes far apart, ray cast, centred on their projections."""
-    K, c2w = (131.25, 131.25, 64, 64), data.look_at_origin(np.array([.48, .6, .64]))
+    K, c2w = (131.25, 131.25, 64, 64), toys.cars.look_at_origin(np.array([.48, .6, .64]))
     for xyz in np.array([[.3, .1, 0], [-.3, .2, .1], [0, -.25, .2]]):
         got = centroid(picture_of_a_box(xyz, c2w, K, 128)[..., 3].astype(float))
         want = project(torch.from_numpy(c2w).inverse()[None], torch.tensor([K]).double(),
@@ -1028,7 +1032,7 @@ def write_co3d(folder, c2w, K, pictures):
 def test_a_known_point_lands_on_its_pixel_in_every_layout(write, dataset, folder, tmp_path):
     """Against the pinhole formula: a box ray cast at one size, read back at half of it."""
     K, xyz = (131.25, 131.25, 64, 64), np.array([.2, -.1, .15])
-    c2w = np.stack([data.look_at_origin(side, 1.3 + .2 * i) for i, side in enumerate(SIDES)])
+    c2w = np.stack([toys.cars.look_at_origin(side, 1.3 + .2 * i) for i, side in enumerate(SIDES)])
     write(tmp_path / folder, c2w, K, [picture_of_a_box(xyz, m, K, 128) for m in c2w])
     views = data.load(tmp_path, str(tmp_path / "own") if dataset == "own" else dataset, "train", 64,
                       quiet=True)
@@ -1051,7 +1055,7 @@ def test_a_known_point_lands_on_its_pixel_in_every_layout(write, dataset, folder
 def test_pictures_of_ones_own_are_scaled_to_what_they_show(tmp_path):
     """Against the same scene in other units and elsewhere: the same cameras come out."""
     K, xyz = (131.25, 131.25, 64, 64), np.array([.2, -.1, .15])
-    c2w = np.stack([data.look_at_origin(side, 1.3 + .2 * i) for i, side in enumerate(SIDES)])
+    c2w = np.stack([toys.cars.look_at_origin(side, 1.3 + .2 * i) for i, side in enumerate(SIDES)])
     pictures = [picture_of_a_box(xyz, m, K, 128) for m in c2w]
     far = c2w.copy()
     far[:, :3, 3] = 40 * c2w[:, :3, 3] + [5, -3, 7]
@@ -1066,7 +1070,7 @@ def test_pictures_of_ones_own_are_scaled_to_what_they_show(tmp_path):
 
 def test_pictures_of_ones_own_are_split_by_object_or_by_file(tmp_path):
     """Against the rule: every tenth object, the last of fewer; transforms_test.json; skip.txt."""
-    K, c2w = (32, 32, 8, 8), np.stack([data.look_at_origin(side) for side in SIDES])
+    K, c2w = (32, 32, 8, 8), np.stack([toys.cars.look_at_origin(side) for side in SIDES])
     pictures = [np.full((32, 32, 4), 200, np.uint8)] * 5
     for i in range(12):
         write_nerf(tmp_path / f"own/{i:02d}", c2w, K, pictures)
@@ -1089,7 +1093,7 @@ def test_pictures_of_ones_own_are_split_by_object_or_by_file(tmp_path):
 
 def test_sequences_without_finite_cameras_are_left_out(tmp_path, capsys):
     """Against CO3D's: some point clouds gave cameras of NaN; the masked picture is on black."""
-    K, c2w = (32, 32, 8, 8), np.stack([data.look_at_origin(side) for side in SIDES])
+    K, c2w = (32, 32, 8, 8), np.stack([toys.cars.look_at_origin(side) for side in SIDES])
     grey = [np.full((16, 16, 4), 100, np.uint8)] * 5
     split = tmp_path / "co3d_hydrant_for_gs/train"
     write_co3d(split / "good", c2w, K, grey)
@@ -1122,9 +1126,9 @@ def test_silhouettes_of_the_shared_meshes_agree_with_one_visual_hull(name, datas
 
 def test_the_unseen_door_is_independent_of_the_seen_one():
     """Against a count over many designs: all four pairs, none rare."""
-    doors = [tuple(data.design(np.random.default_rng([0, 0, i])).doors.values())
+    doors = [tuple(toys.cars.design(np.random.default_rng([0, 0, i])).doors.values())
              for i in range(400)]
-    assert all(70 < doors.count((l, r)) < 130 for l in data.DOORS for r in data.DOORS)
+    assert all(70 < doors.count((l, r)) < 130 for l in toys.cars.DOORS for r in toys.cars.DOORS)
 
 
 def test_the_hidden_door_is_painted_both_ways(cars):
@@ -1143,10 +1147,10 @@ def test_the_hidden_door_is_painted_both_ways(cars):
     filled = door.sum() / ((rows.max() - rows.min() + 1) * (columns.max() - columns.min() + 1))
     assert filled > 0.5                                                       # one patch
     side = views.c2w[[v, 64], 1, 3]
-    assert side[0] < -1 and side[1] > 0 and data.SIDES["right"] == -data.SIDES["left"]
+    assert side[0] < -1 and side[1] > 0 and toys.cars.SIDES["right"] == -toys.cars.SIDES["left"]
     for picture, name in zip(pair, ("amber", "blue")):                        # lit: a hue is kept
         seen = picture[:, door].mean(1)
-        paint = torch.tensor(data.DOORS[name])
+        paint = torch.tensor(toys.cars.DOORS[name])
         assert torch.cosine_similarity(seen, paint, dim=0) > 0.95, name
 
 
@@ -1336,7 +1340,7 @@ def test_missing_things_are_explained_in_one_line(cars, tmp_path):
 def test_bad_files_of_other_layouts_are_named_in_one_line(write, dataset, spoil, said, tmp_path):
     """Against each way of spoiling an object; nothing packed is left behind."""
     folder = tmp_path / {"own": "own/a", "hydrants": "co3d_hydrant_for_gs/train/a"}[dataset]
-    c2w = np.stack([data.look_at_origin(side) for side in SIDES])
+    c2w = np.stack([toys.cars.look_at_origin(side) for side in SIDES])
     write(folder, c2w, (32, 32, 16, 16), [np.full((32, 32, 4), 90, np.uint8)] * 5)
     spoil(folder)
     with pytest.raises(SystemExit) as e:
@@ -1354,7 +1358,7 @@ def replace_in(path, a, b):
 
 def test_cameras_that_cannot_see_one_object_are_explained(tmp_path):
     """Against pictures from one side only, and a camera that looks away."""
-    c2w = np.stack([data.look_at_origin(side) for side in SIDES])
+    c2w = np.stack([toys.cars.look_at_origin(side) for side in SIDES])
     away, same = c2w.copy(), np.stack([c2w[0]] * 5)
     away[2, :3, 3] *= -1
     same[:, 0, 3] += np.arange(5)
@@ -1910,8 +1914,8 @@ def test_the_paint_of_a_door_is_told_from_mud():
     gen = torch.Generator().manual_seed(0)
     amber = torch.rand(3, 16, 16, generator=gen)
     blue = amber.clone()
-    amber[:, 4:9, 3:9] = torch.tensor(data.DOORS["amber"])[:, None, None]
-    blue[:, 4:9, 3:9] = torch.tensor(data.DOORS["blue"])[:, None, None]
+    amber[:, 4:9, 3:9] = torch.tensor(toys.cars.DOORS["amber"])[:, None, None]
+    blue[:, 4:9, 3:9] = torch.tensor(toys.cars.DOORS["blue"])[:, None, None]
     def scores(*q):
         x_hat = torch.stack([a * amber + (1 - a) * blue for a in q])
         x_hat[:, :, 10:] = 0.3                                                # beside the door
@@ -2228,7 +2232,7 @@ def test_a_teacher_that_is_given_is_taught_to_be_told(cars, tmp_path):
 
 def test_a_folder_of_ones_own_is_trained_on_with_a_teacher_of_ours(trained, tmp_path):
     """Against: NeRF's transforms.json in, a table out; the given teacher is in it, bit by bit."""
-    K, c2w = (32, 32, 16, 16), np.stack([data.look_at_origin(side) for side in SIDES])
+    K, c2w = (32, 32, 16, 16), np.stack([toys.cars.look_at_origin(side) for side in SIDES])
     pictures = [picture_of_a_box(np.array([.2, 0, 0]), m, K, 32) for m in c2w]
     for i in range(3):
         write_nerf(tmp_path / f"mugs/{i}", c2w, K, pictures)
@@ -2246,10 +2250,10 @@ def test_a_folder_of_ones_own_is_trained_on_with_a_teacher_of_ours(trained, tmp_
     assert not any({"both", "decided", "amber"} & set(r) for r in rows.values())
 
 
-def two_processes(*args, timeout=None):
-    """train.py behind torchrun, as two processes on the CPU -> what came of it."""
+def two_processes(*args, name="train", timeout=None):
+    """A script behind torchrun, as two processes on the CPU -> what came of it."""
     return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                           "--nproc_per_node=2", str(HERE / "train.py"), *SMALL, *args],
+                           "--nproc_per_node=2", str(HERE / f"{name}.py"), *SMALL, *args],
                           env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
                           capture_output=True, text=True, timeout=timeout)
 
@@ -2271,7 +2275,7 @@ def test_two_processes_train_like_one_and_one_goes_on(trained, cars, tmp_path):
 
 def test_two_processes_time_their_steps_together_and_one_speaks():
     """Against a table for each, or two that wait for each other for ever."""
-    run = two_processes("--benchmark", timeout=300)
+    run = two_processes("0", "1", "2", name="csrc/bench", timeout=300)
     rows = [line.split(",")[0] for line in run.stdout.splitlines() if line.startswith("stage")]
     assert rows == ["stage 0", "stage 1", "stage 2"], run.stdout + run.stderr
 

@@ -11,11 +11,10 @@ Run the same command again to go on after an interruption: every number comes ou
 The paper's own recipe, a teacher that is never told anything: --code=0 --best_of=1.
 What the paper does not say is marked *ours*. Several GPUs, and what a step costs:
     torchrun --standalone --nproc_per_node=2 train.py --dataset cars
-    python train.py --benchmark               # works behind torchrun, too
+    python csrc/bench.py 0 1 2                # works behind torchrun, too
 """
 import ast
 import functools
-import importlib.util
 import inspect
 import json
 import math
@@ -37,15 +36,13 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
 from model import (STEPS, T, T_STAR, WEIGHTINGS, Denoiser, ModelConfig, S, add_noise, denoise,
                    lambda_t, load_checkpoint, load_network, normalise, pick_device,
                    save_network, write_atomically)
-from rasterize import (C0, Camera, Gaussians, benchmark_scene, gsplat, invert_pose, milliseconds,
-                       render)
+from rasterize import Camera, Gaussians, invert_pose, render
 from sample import guidance
 from teacher import Teacher, can_be_told, load_teacher, splat_statistics
 
@@ -111,7 +108,6 @@ class Config:
     save_every: int = 50
     # this call only
     eval_only: bool = False      # make the table again from the finished stages
-    benchmark: bool = False      # time the steps of all stages, and train nothing
     max_steps: int = 0           # stop and save after so many steps; 0 goes to the end
 
 
@@ -128,7 +124,7 @@ PAPER = dict(code=0, best_of=1, size=128, width=96, mult=(1, 2, 2, 2), blocks=3,
              ema=0.9999, warmup=500, w_cyc=1.0, weighting="noise", steps=STEPS, eval_views=0,
              checkpoint=True)
 PAPER_ITERS = 100_000, 20_000
-SESSION = {"out", "root", "device", "eval_only", "benchmark", "max_steps", "eval_views", "samples",
+SESSION = {"out", "root", "device", "eval_only", "max_steps", "eval_views", "samples",
            "log_every", "preview_every", "save_every",             # these may change between calls
            "preview_samples", "graph", "compile", "checkpoint", "lpips", "split"}
 
@@ -176,7 +172,7 @@ def parse(argv):
         data.fail(f"--weighting={cfg.weighting}: give one of {', '.join(WEIGHTINGS)}")
     if any(len(getattr(cfg, name)) != 3 for name in ("iters", "batch", "lr")):
         data.fail("--iters, --batch and --lr have three numbers each, one a stage")
-    if not (cfg.iters[0] or cfg.teacher or cfg.benchmark):
+    if not (cfg.iters[0] or cfg.teacher):
         data.fail(f"--iters={cfg.iters}: without a stage 0, --teacher must name a teacher's file")
     if cfg.code and cfg.batch[0] < 2 * WORLD:
         data.fail(f"--batch={cfg.batch}: stage 0 tells the teacher nothing in half of each batch; "
@@ -849,6 +845,14 @@ def make_step(cfg, stage, network, teacher, background):
     return (Captured(step) if cfg.graph else step), optimiser
 
 
+def join_processes(device):
+    """Where torchrun has started several."""
+    if WORLD > 1:
+        cuda = device.startswith("cuda")
+        torch.cuda.set_device(device) if cuda else None
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
+
+
 def on_all(x, device):
     """The sum of x over all processes."""
     x = torch.as_tensor(x, device=device).clone()
@@ -1054,94 +1058,6 @@ def train(cfg, splits, out, identity, background):
     return True
 
 
-# ---- python train.py --benchmark: what a step costs ----------------------------------------------
-
-render_batch = render
-
-
-def one_by_one(g, cam, background):
-    """`render` in one call per image, as the published codebases do."""
-    images = [render_batch(Gaussians(*[x[b:b + 1] for x in g]),
-                           Camera(cam.w2c[b:b + 1, v:v + 1], cam.K[b:b + 1, v:v + 1], cam.hw),
-                           background) for b, v in np.ndindex(*cam.w2c.shape[:2])]
-    return [torch.cat(x).unflatten(0, cam.w2c.shape[:2])[:, :, 0] for x in zip(*images)]
-
-
-def by_gsplat(g, cam, background):
-    """By the package gsplat, whose batches share no SH: colours of degree 0, its better tiles."""
-    g = g._replace(sh=(0.5 + C0 * g.sh[:, :, 0]).clamp(min=0))
-    return *gsplat(g, cam, background.expand(len(g.xyz), 3), 8), None
-
-
-def benchmark(cfg, say):
-    """One table: a step of each stage, run in several ways, on random weights and images. With
-    several GPUs, --batch and img/s are of all together, TFLOP/s and MiB of one."""
-    global render   # what the losses draw with
-    cuda, shape = cfg.device.startswith("cuda"), ModelConfig(cfg.size, cfg.width, cfg.mult,
-                                                             cfg.blocks, cfg.attn, code=cfg.code)
-    eager, graph = dict(graph=False, compile=False), dict(graph=True, compile=False)
-    ways = {"eager": eager, "eager, one render an image": eager}
-    if importlib.util.find_spec("gsplat") and cuda:
-        ways["eager, gsplat"] = eager
-    if cuda:
-        ways |= {"captured": graph, "captured, checkpoint": dict(graph, checkpoint=True)}
-        ways |= {"captured, compiled": dict(graph=True)} if cfg.compile else {}
-    if WORLD > 1:   # enough to compare with the table of one process
-        ways = {k: v for k, v in ways.items() if k in ("eager", "captured", "captured, compiled")}
-    n = max(cfg.views, 1 + cfg.told)                                          # of each object
-    images = torch.randint(256, (4 * n, 3, cfg.size, cfg.size), dtype=torch.uint8)
-    _, cam = benchmark_scene(4, n, 1, cfg.size)
-    views = data.Views(images, invert_pose(cam.w2c).flatten(0, 1), cam.K.flatten(0, 1),
-                       torch.arange(5) * n, [""] * 4, dict(size=cfg.size)).to(cfg.device)
-    background = torch.ones(3, device=cfg.device)
-    say(f"{device_name(cfg.device)}; {cfg.size}x{cfg.size}, U-Net {cfg.width} x {cfg.mult}, "
-        f"{cfg.blocks} blocks, bf16={cfg.bf16}, {cfg.views} views, {cfg.steps} steps; medians\n"
-        f"{'':37}{'batch':>6}{'parameters':>12}{'ms/step':>10}{'speed-up':>10}{'img/s':>9}"
-        f"{'TFLOP/s':>9}{'MiB':>8}{'rendering':>11}")
-    for stage in [stage for stage in range(3) if cfg.iters[stage]]:
-        reference = flops = None
-        for way, flags in ways.items():
-            if "checkpoint" in way and stage < 2:
-                continue
-            torch._dynamo.reset()
-            torch.manual_seed(0)
-            c = replace(cfg, **flags)
-            network = (Denoiser if stage else Teacher)(shape)
-            network.to(cfg.device, memory_format=torch.channels_last)
-            teacher = Teacher(shape).to(cfg.device, memory_format=torch.channels_last)
-            step, _ = make_step(c, stage, network, teacher.requires_grad_(False), background)
-            batch = *draw_batch(views, c, stage, 0), torch.full((), 1e-5, device=cfg.device)
-            render = {"eager, gsplat": by_gsplat,
-                      "eager, one render an image": one_by_one}.get(way, render_batch)
-            if flops is None:
-                with FlopCounterMode(display=False) as counter:
-                    step(*batch)
-                flops = counter.get_total_flops()
-            for _ in range(5):                                                # compile, capture
-                step(*batch)
-            share = ""
-            if c.graph:
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-                with torch.profiler.profile() as profile:
-                    step(*batch)
-                    torch.cuda.synchronize()
-                kernels = [e for e in profile.events() if e.device_type.name == "CUDA"]
-                ours = sum(e.device_time for e in kernels if e.name.startswith(
-                    ("project_", "bin_kernel", "blend_", "void sort_kernel")))
-                share = f"{100 * ours / sum(e.device_time for e in kernels):9.1f} %"
-            ms, _, _ = milliseconds(lambda: step(*batch), "cuda" if cuda else "cpu", 2000,
-                                    20 if WORLD > 1 else None)   # in step with each other
-            reference, n = reference or ms, sum(p.numel() for p in network.parameters())
-            memory = torch.cuda.max_memory_reserved() / 2 ** 20 if cuda else 0
-            say(f"stage {stage}, {way:28}{cfg.batch[stage]:6}{n:12,}{ms:10.2f}"
-                f"{reference / ms:9.2f}x{1e3 * cfg.batch[stage] * cfg.views / ms:9.0f}"
-                f"{1e-9 * flops / ms:9.2f}{memory:8.0f}{share}", flush=True)
-            step = network = teacher = None
-            if cuda:
-                torch.cuda.empty_cache()
-
-
 def main():
     cfg = parse(sys.argv[1:])
     began = time.time()
@@ -1151,11 +1067,7 @@ def main():
         f"{'a GPU' if cuda else 'a CPU'} (--help lists the flags)")
     if (cfg.graph or cfg.compile) and not cuda:
         data.fail("--graph and --compile need a GPU; leave them out")
-    if WORLD > 1:
-        torch.cuda.set_device(cfg.device) if cuda else None
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
-    if cfg.benchmark:
-        return benchmark(cfg, say)
+    join_processes(cfg.device)
     if RANK > 0:                                                              # 0 makes the data
         meet()
     splits = data.prepare(cfg.dataset, cfg.root, cfg.size, cfg.n_train, cfg.n_test,
