@@ -2121,8 +2121,6 @@ def test_training_leaves_a_table_a_preview_and_the_word_procedural(trained):
     assert [{"one", "decided"} <= set(r) for r in lines[1:]] == [False, True] * 6
     assert ["loss_told" in r for r in lines[1:]] == [True] * 4 + [False] * 8
     assert np.asarray(Image.open(out / "preview.png")).std() > 10
-    curves = np.asarray(Image.open(out / "curves.png"))
-    assert all((panel < 50).sum() > 100 for panel in np.split(curves[24:, 40:], 3, 1))
     assert load_network(out / "stage_2.pt", Denoiser)[1]["data"]["procedural"]
 
 

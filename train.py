@@ -648,40 +648,6 @@ def held_out(network, views, cfg, background):
     return average_scores(evaluate(predict, views, cfg, background, 5, range(min(few, len(views)))))
 
 
-def curves(log, path):
-    """Draws curves.png, a panel a stage, from log.jsonl. PSNR by step: grey, of training batches;
-    black, of held-out objects; dotted, where the teacher ended."""
-    rows = [r for r in map(json.loads, log.read_text().splitlines()) if "stage" in r]
-    stages, end = sorted({r["stage"] for r in rows}), None
-    held = [r["one"] for r in rows if "one" in r]
-    low, high = math.floor(min(held)) - 1, math.ceil(max(held)) + 1           # dB
-    W, H, left, top = 320, 260, 40, 24                                        # of a panel
-    sheet = Image.new("L", (left + W * len(stages), top + H + 24), 255)
-    pen = ImageDraw.Draw(sheet)
-    for i, stage in enumerate(stages):
-        mine, x0 = [r for r in rows if r["stage"] == stage], left + W * i
-        steps = mine[-1]["step"]
-
-        def points(pairs):
-            return [(x0 + (W - 20) * step / steps, top + H * (high - max(low, min(high, y)))
-                     / (high - low)) for step, y in pairs]
-        for y in range(low, high + 1, max(1, (high - low) // 8)):
-            (_, v), = points([(0, y)])
-            pen.line([(x0, v), (x0 + W - 20, v)], 230)
-            pen.text((8, v - 6), f"{y:3}", 0)
-        pen.text((x0, 4), f"stage {stage}", 0)
-        pen.text((x0, top + H + 6), f"{steps} steps".rjust(48), 0)
-        mse = [float(np.mean([*r["by_level"].values()] or [r["loss"]])) for r in mine]
-        mse = [np.mean(mse[max(0, k - 4):k + 1]) for k in range(len(mse))]    # of 5 records
-        pen.line(points([(r["step"], -10 * math.log10(m)) for r, m in zip(mine, mse)]), 170)
-        made = points([(r["step"], r["one"]) for r in mine if "one" in r])
-        pen.line(made, 0, 2)
-        for u in range(x0, x0 + W - 20, 6) if end else ():
-            pen.line([(u, end), (u + 2, end)], 0)
-        end = end or (made[-1][1] if made and stage == 0 else None)
-    write_atomically(path, lambda f: sheet.save(f, "PNG"))
-
-
 # ---- bookkeeping ---------------------------------------------------------------------------------
 
 def git_revision():
@@ -1032,8 +998,6 @@ def train(cfg, splits, out, identity, background):
                     record |= held_out(average, test, cfg, background)
                 log(stage=stage, step=step + 1, **record, by_level=bins, grad_norm=float(norm),
                     skipped=state["skipped"], images_per_s=rate)
-                if shown and RANK == 0:
-                    curves(log.path, out / "curves.png")
                 bar.set_postfix_str(f"loss {record['loss']:.4f}, {rate:.0f} img/s")
                 levels.zero_()
             if ((step + 1) % cfg.save_every == 0 or asked) and RANK == 0:
@@ -1112,7 +1076,7 @@ def main():
     paths = [out / f"stage_{k}.pt" for k in (1, 2) if (out / f"stage_{k}.pt").exists()]
     student = load_network(paths[-1], Denoiser, cfg.device)[0] if paths else None
     preview(teacher, student, splits[cfg.split], cfg, background, out / "preview.png")
-    print(f"{(time.time() - began) / 60:.1f} minutes; {out}/: preview.png curves.png results.json "
+    print(f"{(time.time() - began) / 60:.1f} minutes; {out}/: preview.png results.json "
           "log.jsonl scores teacher.pt stage_1.pt stage_2.pt")
     if paths:
         print(f"now: python sample.py <picture> --weights {paths[-1]}")
