@@ -74,7 +74,7 @@ class Config:
     code_noise: float = 0.1      # added to them in stage 0
     warm_start: bool = True      # ours: the student begins with the teacher's weights
     # optimisation; numbers by stage: teacher, bootstrapping, multi-step
-    iters: tuple = (3000, 800, 60)    # steps; a stage of 0 is the end
+    iters: tuple = (3000, 300, 30)    # steps; a stage of 0 is the end
     batch: tuple = (8, 8, 4)     # objects a step, over all GPUs; paper: 100 in stage 1, 10 in 2
     lr: tuple = (8e-3, 5e-4, 2e-4)    # peak learning rate of Adam
     views: int = 4               # rendered views per object, the source view among them
