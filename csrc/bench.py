@@ -11,6 +11,7 @@ import importlib.util
 import sys
 import time
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -261,10 +262,12 @@ def steps(cfg, stages, say):
 
 
 def main():
-    stages = [int(x) for x in sys.argv[1:] if x in ("0", "1", "2")]
-    cuda = torch.cuda.is_available()
+    words, cuda = sys.argv[1:], torch.cuda.is_available()
+    stages = [int(word) for word in takewhile(("0", "1", "2").__contains__, words)]
+    if words and not stages:
+        data.fail("name the stages first, then flags: python csrc/bench.py 0 1 2 --size=64")
     if stages:
-        cfg = train.parse([x for x in sys.argv[1:] if x not in ("0", "1", "2")])
+        cfg = train.parse(words[len(stages):])
         train.join_processes(cfg.device)
         say = print if train.RANK == 0 else lambda *_, **__: None             # one voice
         return steps(cfg, stages, say)

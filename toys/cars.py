@@ -312,7 +312,7 @@ def cameras(split, rng):
     else:
         i = np.arange(251)
         z = np.sin(np.radians(8 + 72 * i / 250))                                    # (251,)
-        turns = 8 * (i - SOURCE) / 250                                             # (251,)
+        turns = 8 * (i - SOURCE) / 250                                              # (251,)
         azimuth = np.radians(50) + 2 * np.pi * turns                                # (251,)
     r = np.sqrt(1 - z ** 2)
     return [look_at_origin(p) for p in np.stack([r * np.cos(azimuth), r * np.sin(azimuth), z], 1)]
