@@ -2251,7 +2251,7 @@ def test_a_folder_of_ones_own_is_trained_on_with_a_teacher_of_ours(trained, tmp_
 def two_processes(*args, name="train", timeout=None):
     """A script behind torchrun, as two processes on the CPU -> what came of it."""
     return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                           "--nproc_per_node=2", str(HERE / f"{name}.py"), *SMALL, *args],
+                           "--nproc_per_node=2", str(HERE / f"{name}.py"), *args, *SMALL],
                           env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
                           capture_output=True, text=True, timeout=timeout)
 
