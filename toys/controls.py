@@ -1,0 +1,85 @@
+"""Controls for the table of train.py: what else could choose, or use a further view? Run by hand.
+
+    python toys/controls.py out/cars        # the rows below, with the weights and settings of a run
+
+    teacher, codes of others   codes instead of diffusion: the teacher is told what it gets wrong in
+                               other objects, a sample for each
+    teacher, told 1 view       the teacher is told the view from the other side, which guides the
+                               samples in the row "guided by 1"
+    teacher, optimised on 1    the teacher's splats, optimised on the source and the same view
+"""
+import functools
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data
+import sample
+import train
+from model import load_network, pick_device
+from rasterize import fail
+from teacher import Teacher
+
+
+def by_codes(teacher, views, cfg):
+    """The teacher, told what it gets wrong in others -> cfg.samples of each object."""
+    @functools.cache
+    @torch.no_grad()
+    def code(o):
+        x, cam = sample.object_views(views, sample.told_views(views, o, cfg.told), cfg)
+        return teacher.code(x, cam, sample.background_of(views, cfg))         # (1, code)
+
+    def predict(o, x_src, K):
+        others = [i for i in range(len(views)) if i != o]
+        codes = [code(others[(o + k) % len(others)]) for k in range(cfg.samples)]
+        raw, _ = teacher.unet(x_src.expand(cfg.samples, -1, -1, -1), code=torch.cat(codes))
+        return teacher.gaussians(raw, K.expand(cfg.samples, -1))              # (n, N, ..)
+    return predict
+
+
+def by_optimised_teacher(teacher, views, cfg, steps=100):
+    """The teacher's splats, optimised by Adam on the source and the opposite view."""
+    def predict(o, x_src, K):
+        source, other = sample.opposite_views(views, o)
+        x, cam = sample.object_views(views, torch.stack([source, source, other]), cfg)
+        error = sample.guidance(teacher, x, cam, sample.background_of(views, cfg))
+        raw = teacher(x_src[:, None]).requires_grad_()                        # (1, 24, H, W)
+        adam = torch.optim.Adam([raw], lr=0.02)
+        with torch.enable_grad():
+            for _ in range(steps):
+                adam.zero_grad()
+                error(raw).sum().backward()
+                adam.step()
+        return teacher.gaussians(raw.detach(), K)
+    return predict
+
+
+def main():
+    if len(sys.argv) < 2:
+        fail("name the folder of a run: python toys/controls.py out/cars")
+    out = Path(sys.argv[1])
+    if not (out / "results.json").exists():
+        fail(f"{out}/results.json: not there; train first")
+    config = json.loads((out / "results.json").read_text())["config"]
+    config = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+    cfg = train.Config(**{**config, "out": str(out), "device": pick_device()})
+    views = data.prepare(cfg.dataset, cfg.root, cfg.size, cfg.n_train, cfg.n_test, cfg.data_seed,
+                         splits=(cfg.split,))[cfg.split]
+    views = train.on_device(views, cfg.device)
+    teacher, _ = load_network(out / "teacher.pt", Teacher, cfg.device)
+    rows = {"teacher, optimised on 1": by_optimised_teacher(teacher, views, cfg)}
+    if teacher.encoder:
+        rows |= {"teacher, codes of others": by_codes(teacher, views, cfg),
+                 "teacher, told 1 view": sample.by_told_teacher(teacher, views, cfg,
+                                                                sample.opposite_views)}
+    scores = {name: sample.average_scores(sample.evaluate(
+        predict, views, cfg, cfg.eval_views, range(len(views)), name))
+        for name, predict in rows.items()}
+    print(sample.format_rows(scores))
+
+
+if __name__ == "__main__":
+    main()
