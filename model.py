@@ -163,13 +163,12 @@ class UNet(nn.Module):
         levels = [(f"{r}x{r}", cfg.width * m, r == cfg.attn) for r, m in zip(res, cfg.mult)]
         self.enc = nn.ModuleDict()
         skips = []                                                            # their channels
-        c = c_in
+        c = cfg.width
         for name, c_out, attend in levels:
-            if not skips:
-                self.enc[f"{name}_conv"] = xavier(nn.Conv2d(c, cfg.width, 3, padding=1))
-                c = cfg.width
-            else:
+            if skips:
                 self.enc[f"{name}_down"] = Block(c, c, emb, "down")
+            else:
+                self.enc[f"{name}_conv"] = xavier(nn.Conv2d(c_in, c, 3, padding=1))
             skips.append(c)
             for i in range(cfg.blocks):
                 self.enc[f"{name}_block{i}"] = Block(c, c_out, emb, attention=attend)
@@ -360,7 +359,7 @@ def pick_device(name=""):
 
 
 def write_atomically(path, write):
-    """write(file), then rename that file to `path`, where there is never half a file."""
+    """write(file), then rename that file to `path`, so that a reader never sees half of it."""
     path = Path(path)
     part = path.with_name(f".{path.name}.part")
     try:

@@ -3,8 +3,8 @@
 `render(g, cam, background) -> rgb, alpha, depth` is the function for other files: differentiable,
 and batched over B objects x V views. `render_reference` is the *definition* of the image, in plain
 PyTorch and slow: it evaluates every Gaussian at every pixel. The kernels in csrc/ compute the same
-image fast. They are compiled on first use; if that fails, the reference is used instead.
-No networks, losses or files in here. `python csrc/bench.py` times both.
+image fast (`python csrc/bench.py` times both). They are compiled on first use; if that fails, the
+reference is used instead. No networks, losses or files in here.
 
 Conventions of the whole repository:
     camera      OpenCV: x right, y down, z forward; pixel i is sampled at i + 0.5
@@ -198,8 +198,8 @@ def render_reference(g, cam, background, near=NEAR, chunk=1 << 20):
                  + s.det + s.z + s.opacity)                                   # (B, V, N)
         ok = (total.isfinite() & (s.z > near) & (s.det > 0) & (s.opacity >= ALPHA_MIN)
               & (g.quat.square().sum(-1) >= 1e-8))                            # (B, V, N)
-    # A culled Gaussian is replaced by a harmless one *before* the differentiable pass: no NaN of
-    # its own can then reach a gradient (0 x NaN = NaN), and its own gradients are exactly 0.
+    # A culled Gaussian is replaced by a harmless one *before* the differentiable pass: so its NaN
+    # cannot reach a gradient (0 x NaN = NaN), and its own gradients are exactly 0.
     ahead = invert_pose(cam.w2c)[..., None, :3, 2:].sum(-1)                   # (B, V, 1, 3) 1 unit
     g = Gaussians(torch.where(ok[..., None], g.xyz, ahead),
                   torch.where(ok[..., None], g.scale, 1),
@@ -266,8 +266,7 @@ def load_kernels(device):
 def compile_kernels(name, sources, flags, cuda_flags, folder):
     """The slow part of `load_kernels`. If one of the usual things is missing, name it."""
     from torch.utils import cpp_extension   # slow to import
-    # A Python that is started as venv/bin/python does not have venv/bin, with ninja, on its PATH.
-    os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")
+    os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")   # ninja of a venv
     compiler = os.environ.get("CXX", "c++").split()[0]
     header = Path(sysconfig.get_path("include"), "Python.h")
     nvcc = Path(cpp_extension.CUDA_HOME or "", "bin", "nvcc")
@@ -280,7 +279,7 @@ def compile_kernels(name, sources, flags, cuda_flags, folder):
         if not found:
             raise RuntimeError(f"there is no {what}")
     print("rasterize: compiling csrc/ (once, about a minute)", flush=True)
-    cpp_extension.load(name, list(map(str, sources)), extra_cflags=flags, extra_ldflags=FLAGS,
+    cpp_extension.load(name, list(map(str, sources)), extra_cflags=flags, extra_ldflags=list(FLAGS),
                        extra_cuda_cflags=cuda_flags, build_directory=str(folder))
 
 
@@ -334,10 +333,8 @@ def render(g, cam, background, near=NEAR, backend="auto"):
                 device, or the reference if it cannot be compiled. Float64 on a GPU: the reference.
     Differentiable in every field of `g` and in the background. A Gaussian with NaN, Inf or a zero
     quaternion is not drawn. ValueError: shapes, devices or backend do not fit together.
-    RuntimeError: a kernel asked for by name cannot be compiled, and the compiler's output. In a
-    CUDA graph nothing waits for the device, if the background is on it. Under torch.compile this
-    call is a graph break.
-    """
+    RuntimeError: a kernel asked for by name cannot be compiled. In a CUDA graph nothing waits for
+    the device, if the background is on it. Under torch.compile this call is a graph break."""
     if torch.compiler.is_compiling():   # not a decorator, which would import the compiler here
         return torch.compiler.disable(render)(g, cam, background, near, backend)
     device = g.xyz.device
