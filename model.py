@@ -1,14 +1,13 @@
 """The splat image, the U-Net, and the diffusion that turns noise into splats.
 
-    s      (B, 24, H, W) splat image: one Gaussian per pixel of the source view. *Raw* as a network
-           emits it, *normalised* where diffusion happens.
+    s      (B, 24, H, W) splat image: one Gaussian per pixel of the source view. *Raw* is what a
+           network outputs; *normalised* is the space of the diffusion.
     g      the Gaussians that are rendered; `splats_to_gaussians` is the only way from s to g.
 
-The paper fixes T = 100, t* = 20, DDIM with 10 steps and, by its equations, the prediction of the
-clean splats (x0). It is silent on the noise schedule, on the space that is noised and on how the
-image enters; those are our choices and are marked so, and so is all that has to do with a *code*:
-a few numbers that say what the picture does not show (teacher.py). Nothing here renders, trains or
-reads data.
+The paper gives T = 100, t* = 20, DDIM with 10 steps and, in its equations, prediction of the clean
+splats (x0). It does not give the noise schedule, the space that is noised, or how the image enters:
+these are our choices, and marked so. The *code* is ours, too: a few numbers that say what the
+picture does not show (teacher.py). No rendering, training or data in here.
 """
 import math
 import os
@@ -19,79 +18,67 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rasterize import Gaussians
+from rasterize import Gaussians, fail
 
 # ---- the splat image -----------------------------------------------------------------------------
-# Layout and activations of Splatter Image, so that its weights will load. Its initial gains and
-# biases too, but for two: opacity and offset start as in its CO3D and Objaverse models (its cars,
-# with gains of 0.001 and 1e-6, were 0.6 dB behind after 400 steps), and scales at one pixel with a
-# gain of 0.5, not two with 0.003 (ours: 0.9 dB on the source view after 500 steps).
-#   name    channels   becomes                               gain, bias of the last 1x1 convolution
-SPLAT = {
-    "depth":   (1,  # near + (far - near) sigmoid             z-depth along the pixel's ray
-                1.0, 0.0),
-    "offset":  (3,  # added in the camera's frame             world units
-                0.1, 0.0),
-    "opacity": (1,  # sigmoid
-                1.0, -2.0),
-    "scale":   (3,  # exp                                     world units; starts at about 1 pixel
-                0.5, math.log(0.01)),
-    "quat":    (4,  # normalised                              w x y z
-                1.0, 0.0),
-    "dc":      (3,  # SH degree 0
-                5.0, 0.0),
-    "sh1":     (9,  # SH degree 1                             3 basis functions x rgb
-                0.0, 0.0),
+# Layout and activations of Splatter Image, so that its weights load. Its initial gains and biases,
+# with two exceptions: opacity and offset start as in its CO3D and Objaverse models, and scales (our
+# choice) at one pixel with a gain of 0.5, not at two with 0.003. Both train faster here.
+SPLAT = {   # channels, then gain and bias of the last 1x1 convolution, then what they become
+    "depth":   (1, 1.0, 0.0),              # near + (far - near) sigmoid: z-depth along the ray
+    "offset":  (3, 0.1, 0.0),              # added in the camera's frame, world units
+    "opacity": (1, 1.0, -2.0),             # sigmoid
+    "scale":   (3, 0.5, math.log(0.01)),   # exp: world units; starts at about 1 pixel
+    "quat":    (4, 1.0, 0.0),              # normalised: w x y z
+    "dc":      (3, 5.0, 0.0),              # SH degree 0: rgb
+    "sh1":     (9, 0.0, 0.0),              # SH degree 1: 3 basis functions x rgb
 }
 WIDTHS = [width for width, _, _ in SPLAT.values()]
 S = sum(WIDTHS)                      # 24 channels
-QUAT = slice(8, 12)
 
 
 def splats_to_gaussians(raw, K, near, far):
-    """Raw splat image -> Gaussians in the frame of the camera whose pixels it covers.
-
-    raw (B, 24, H, W); K (B, 4) fx, fy, cx, cy in pixels; near, far world units, beyond column 4 of
-    K if there is one: the depth of the object's middle, of which a network cannot know.
-    Gaussian n = row * W + column has centre ray(pixel) * depth + offset.
-    """
+    """Raw splat image (B, 24, H, W) -> Gaussians in the frame of the camera whose pixels it covers.
+    Gaussian n = row * W + column has centre ray(pixel) * depth + offset. K (B, 4) fx, fy, cx, cy in
+    pixels; near, far in world units. A fifth column of K is added to both: the depth of the
+    object's middle, which a network cannot know."""
     B, _, H, W = raw.shape
     depth, offset, opacity, scale, quat, dc, sh1 = raw.flatten(2).mT.split(WIDTHS, -1)  # (B, N, c)
     fx, fy, cx, cy = K[:, :4, None].unbind(1)                                 # (B, 1)
-    span, near = far - near, near + K[:, 4:].sum(1)[:, None, None]            # (B, 1, 1)
-    v, u = torch.meshgrid(torch.arange(H, device=raw.device) + 0.5,
-                          torch.arange(W, device=raw.device) + 0.5, indexing="ij")   # (H, W) pixels
-    x, y = (u.flatten() - cx) / fx, (v.flatten() - cy) / fy                   # (B, N)
+    start = near + K[:, 4:].sum(1)[:, None, None]                             # (B, 1, 1)
+    n = torch.arange(H * W, device=raw.device)                                # (N,)
+    x = (n % W + 0.5 - cx) / fx                                               # (B, N)
+    y = (n // W + 0.5 - cy) / fy                                              # (B, N)
     ray = torch.stack([x, y, torch.ones_like(x)], -1)                         # (B, N, 3), z = 1
-    xyz = ray * (near + span * depth.sigmoid()) + offset                      # (B, N, 3)
+    xyz = ray * (start + (far - near) * depth.sigmoid()) + offset             # (B, N, 3)
     sh = torch.cat([dc, sh1], -1).unflatten(-1, (4, 3))                       # (B, N, 4, 3)
     return Gaussians(xyz, scale.exp(), F.normalize(quat, dim=-1), opacity[..., 0].sigmoid(), sh)
 
 
 def canonical(raw):
-    """Quaternions to unit length and w >= 0. Length and sign turn nothing, so noise and losses
-    should not see them."""
-    q = F.normalize(raw[:, QUAT], dim=1)                                      # (B, 4, H, W)
+    """Quaternions to unit length and w >= 0: length and sign do not change the rotation, so noise
+    and losses should not depend on them."""
+    q = F.normalize(raw[:, 8:12], dim=1)                                      # (B, 4, H, W)
     q = torch.where(q[:, :1] < 0, -q, q)
-    return torch.cat([raw[:, :QUAT.start], q, raw[:, QUAT.stop:]], 1)
+    return torch.cat([raw[:, :8], q, raw[:, 12:]], 1)
 
 
 def normalise(raw, stats):
-    """Raw -> the space that is noised: zero mean, unit deviation per channel over the teacher's
-    outputs (our choice: raw channels differ in size by orders of magnitude). stats (2, 24)."""
+    """Raw -> zero mean and unit deviation per channel over the teacher's outputs (our choice: raw
+    channels differ in size by orders of magnitude). stats (2, 24)."""
     mean, std = stats[:, None, :, None, None]                                 # (1, 24, 1, 1) each
     return (canonical(raw) - mean) / std
 
 
 def denormalise(s, stats):
-    """Normalised -> raw, the inverse of `normalise` up to the length and sign of quaternions."""
+    """The inverse of `normalise`, up to the length and sign of quaternions."""
     mean, std = stats[:, None, :, None, None]                                 # (1, 24, 1, 1) each
     return s * std + mean
 
 
 # ---- U-Net ---------------------------------------------------------------------------------------
-# DDPM++ as Song et al. 2021 describe it, with the names and shapes of Splatter Image's checkpoints.
-# Left out: dropout (0.1 there; our runs see too few epochs to need it).
+# DDPM++ (Song et al. 2021), with the names and shapes of Splatter Image's checkpoints. Left out:
+# dropout (0.1 there; our runs have too few epochs to need it).
 
 @dataclass
 class ModelConfig:
@@ -99,7 +86,7 @@ class ModelConfig:
     width: int = 128             # channels of the first level
     mult: tuple = (1, 2, 2, 2)   # channels of each level / width; every level halves the size
     blocks: int = 4              # residual blocks a level
-    attn: int = 16               # resolution that attends to itself
+    attn: int = 16               # resolution with self-attention
     near: float = 0.8            # world units, range of the depth channel
     far: float = 1.8
     code: int = 0                # numbers that say what the picture does not show; 0: the paper
@@ -122,7 +109,8 @@ class Block(nn.Module):
     def __init__(self, c_in, c_out, emb=0, resample=None, attention=False):
         super().__init__()
         self.resample = resample                                              # None, "up", "down"
-        self.norm0, self.norm1 = group_norm(c_in), group_norm(c_out)
+        self.norm0 = group_norm(c_in)
+        self.norm1 = group_norm(c_out)
         self.conv0 = xavier(nn.Conv2d(c_in, c_out, 3, padding=1))
         self.conv1 = xavier(nn.Conv2d(c_out, c_out, 3, padding=1), 1e-5)      # starts as a shortcut
         self.skip = xavier(nn.Conv2d(c_in, c_out, 1)) if c_in != c_out or resample else None
@@ -132,18 +120,17 @@ class Block(nn.Module):
         self.proj = xavier(nn.Conv2d(c_out, c_out, 1), 1e-5) if attention else None
 
     def resized(self, x):
-        """(B, C, H, W) -> (B, C, H', W'): means of 2 x 2, each pixel 2 x 2 times, or as it is."""
+        """(B, C, H, W) -> (B, C, H', W'): means of 2 x 2, each pixel 2 x 2 times, or unchanged."""
         if self.resample == "down":
             return F.avg_pool2d(x, 2)
-        if self.resample == "up":   # F.interpolate's gradient, compiled, is made of slow atomics
+        if self.resample == "up":   # compiled, F.interpolate's gradient would use slow atomics
             x = x.permute(0, 2, 3, 1)                                         # (B, H, W, C)
             x = torch.stack((x, x), 3).flatten(2, 3)                          # (B, H, 2W, C)
             x = torch.stack((x, x), 2).flatten(1, 2).permute(0, 3, 1, 2)      # (B, C, 2H, 2W)
         return x
 
     def forward(self, x, emb=None):
-        h = self.conv0(self.resized(F.silu(self.norm0(x))))                   # (B, c_out, H', W')
-        h = self.norm1(h)                                                     # (B, c_out, H', W')
+        h = self.norm1(self.conv0(self.resized(F.silu(self.norm0(x)))))       # (B, c_out, H', W')
         if emb is not None:
             scale, shift = self.affine(emb)[:, :, None, None].chunk(2, 1)     # (B, c_out, 1, 1)
             h = h * (1 + scale) + shift
@@ -151,20 +138,17 @@ class Block(nn.Module):
         x = self.skip(self.resized(x)) if self.skip else x
         x = (x + h) * 0.5 ** 0.5                                              # keeps the variance
         if self.qkv:
-            B, C, H, W = x.shape
-            qkv = self.qkv(self.norm2(x)).view(B, C, 3, H * W)                # q, k, v interleaved
+            qkv = self.qkv(self.norm2(x)).unflatten(1, (-1, 3)).flatten(3)    # (B, C, 3, HW)
             q, k, v = qkv.permute(2, 0, 3, 1)                                 # (B, HW, C), one head
-            h = F.scaled_dot_product_attention(q, k, v).mT.view(B, C, H, W)
+            h = F.scaled_dot_product_attention(q, k, v).mT.view_as(x)         # (B, C, H, W)
             x = (x + self.proj(h)) * 0.5 ** 0.5
         return x
 
 
 class UNet(nn.Module):
-    """(B, c_in, H, W) -> (B, 24, H, W) raw splats.
-
-    With `time` also a function of t (B,): the denoiser. With cfg.code also of a code (B, code) that
-    enters the decoder. The teacher is given the code; the denoiser reads it off its own deepest
-    features, so that all pixels agree on it, and then paints as the teacher does."""
+    """(B, c_in, H, W) -> (B, 24, H, W) raw splats. The denoiser's also depends on the time t (B,).
+    With cfg.code the decoder also depends on a code (B, code). The teacher is given it. The
+    denoiser reads it from its own deepest features, so that all pixels use the same one."""
 
     def __init__(self, cfg, c_in=3, time=False):
         super().__init__()
@@ -176,33 +160,31 @@ class UNet(nn.Module):
             self.map_layer0 = xavier(nn.Linear(cfg.width, emb))
             self.map_layer1 = xavier(nn.Linear(emb, emb))
         res = [cfg.size >> level for level in range(len(cfg.mult))]           # finest first
-        chan = [cfg.width * m for m in cfg.mult]
-
-        self.enc, skips, c = nn.ModuleDict(), [], c_in                        # skips: channels kept
-        for level, (r, c_out) in enumerate(zip(res, chan)):
-            if level == 0:
-                self.enc[f"{r}x{r}_conv"] = xavier(nn.Conv2d(c, cfg.width, 3, padding=1))
-                c = cfg.width
+        levels = [(f"{r}x{r}", cfg.width * m, r == cfg.attn) for r, m in zip(res, cfg.mult)]
+        self.enc = nn.ModuleDict()
+        skips = []                                                            # their channels
+        c = cfg.width
+        for name, c_out, attend in levels:
+            if skips:
+                self.enc[f"{name}_down"] = Block(c, c, emb, "down")
             else:
-                self.enc[f"{r}x{r}_down"] = Block(c, c, emb, "down")
+                self.enc[f"{name}_conv"] = xavier(nn.Conv2d(c_in, c, 3, padding=1))
             skips.append(c)
             for i in range(cfg.blocks):
-                self.enc[f"{r}x{r}_block{i}"] = Block(c, c_out, emb, attention=r == cfg.attn)
+                self.enc[f"{name}_block{i}"] = Block(c, c_out, emb, attention=attend)
                 c = c_out
                 skips.append(c)
-
         self.read = nn.Linear(c, cfg.code) if time and cfg.code else None
         self.dec = nn.ModuleDict()
-        for level, (r, c_out) in reversed(list(enumerate(zip(res, chan)))):
-            if level == len(res) - 1:
-                self.dec[f"{r}x{r}_in0"] = Block(c, c, both, attention=r == cfg.attn)
-                self.dec[f"{r}x{r}_in1"] = Block(c, c, both)
+        for name, c_out, attend in reversed(levels):
+            if not self.dec:
+                self.dec[f"{name}_in0"] = Block(c, c, both, attention=attend)
+                self.dec[f"{name}_in1"] = Block(c, c, both)
             else:
-                self.dec[f"{r}x{r}_up"] = Block(c, c, both, "up")
+                self.dec[f"{name}_up"] = Block(c, c, both, "up")
             for i in range(cfg.blocks + 1):
-                last = i == cfg.blocks
-                self.dec[f"{r}x{r}_block{i}"] = Block(c + skips.pop(), c_out, both,
-                                                      attention=last and r == cfg.attn)
+                last = attend and i == cfg.blocks
+                self.dec[f"{name}_block{i}"] = Block(c + skips.pop(), c_out, both, attention=last)
                 c = c_out
         self.aux_norm = group_norm(c)
         self.aux_conv = xavier(nn.Conv2d(c, S, 3, padding=1), 0.2)
@@ -211,7 +193,7 @@ class UNet(nn.Module):
 
     @torch.no_grad()
     def start(self, size, **rows):
-        """Draw the last layer: gains and biases of SPLAT, but for `rows`, name=(gain, bias)."""
+        """Initialise the last layer: gains and biases of SPLAT, or of `rows`: name=(gain, bias)."""
         parts = zip(SPLAT.items(), self.out.weight.split(WIDTHS), self.out.bias.split(WIDTHS))
         for (name, (_, *row)), weight, bias in parts:
             gain, value = rows.get(name, row)
@@ -223,30 +205,25 @@ class UNet(nn.Module):
     def forward(self, x, t=None, code=None):
         """-> raw splats (B, 24, H, W), and the code (B, code) that was given or read, or None."""
         with torch.autocast(x.device.type, torch.bfloat16, self.bf16, cache_enabled=False):
-            x, code = self.features(x, t, code)
-        # bfloat16 has 8 bits, too few for a depth: what leaves the network is float32
+            emb = None
+            if t is not None:
+                freq = 1e4 ** -torch.linspace(0, 1, self.width // 2, device=x.device)   # (width/2,)
+                phase = t[:, None] * freq                                     # (B, width/2)
+                emb = torch.cat([phase.cos(), phase.sin()], 1)                # (B, width)
+                emb = F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))   # (B, emb)
+            skips = []
+            for layer in self.enc.values():
+                x = layer(x, emb) if isinstance(layer, Block) else layer(x)
+                skips.append(x)
+            if self.read:
+                code = self.read(x.mean((2, 3))).float().tanh()               # (B, code)
+            if code is not None:
+                emb = code if emb is None else torch.cat([emb, code], 1)      # (B, emb + code)
+            for name, layer in self.dec.items():
+                x = layer(torch.cat([x, skips.pop()], 1) if "block" in name else x, emb)
+        # the last layers are float32: bfloat16 has 8 bits, too few for a depth
         raw = self.out(self.aux_conv(F.silu(self.aux_norm(x.float()))))       # (B, 24, H, W)
         return raw, code
-
-    def features(self, x, t, code):
-        """(B, c_in, H, W) -> (B, width, H, W), and the code."""
-        emb = None
-        if t is not None:
-            freq = 1e4 ** -torch.linspace(0, 1, self.width // 2, device=x.device)   # (width/2,)
-            phase = t[:, None] * freq                                         # (B, width/2)
-            emb = torch.cat([phase.cos(), phase.sin()], 1)                    # (B, width)
-            emb = F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))       # (B, emb)
-        skips = []
-        for layer in self.enc.values():
-            x = layer(x, emb) if isinstance(layer, Block) else layer(x)
-            skips.append(x)
-        if self.read:
-            code = self.read(x.mean((2, 3))).float().tanh()                   # (B, code)
-        if code is not None:
-            emb = code if emb is None else torch.cat([emb, code], 1)          # (B, emb + code)
-        for name, layer in self.dec.items():
-            x = layer(torch.cat([x, skips.pop()], 1) if "block" in name else x, emb)
-        return x, code
 
 
 # ---- diffusion -----------------------------------------------------------------------------------
@@ -258,8 +235,7 @@ RHO = 0.2        # strength of guidance (ours)
 
 
 def alpha_bar(t):
-    """Cosine schedule of Nichol & Dhariwal 2021 (our choice; the paper names none).
-    0.9998 at t = 0, 0.0002 at t = T - 1."""
+    """Cosine schedule (our choice; Nichol & Dhariwal 2021): 0.9998 at t = 0, 0.0002 at T - 1."""
     return torch.cos((t / T + 0.008) / 1.008 * torch.pi / 2) ** 2
 
 
@@ -276,33 +252,34 @@ def add_noise(s, t, eps):
 
 
 def ddim_step(s_t, s_hat, t, t_next):
-    """From level t to t_next, deterministically (DDIM, eta = 0), believing that s_hat is clean."""
+    """From level t to t_next, deterministically (DDIM, eta = 0), if s_hat are the clean splats."""
     signal, noise = signal_noise(t)
     eps = (s_t - signal * s_hat) / noise                                      # (B, 24, H, W)
     return add_noise(s_hat, t_next, eps)
 
 
 def denoise(denoiser, s_t, t, x_src, steps=STEPS, guide=None):
-    """Generator of the predictions s_hat of `steps` evenly spaced DDIM steps from t (B,) towards 0;
-    the last one is the result: `*_, s_hat = denoise(...)`.
+    """Yields the predictions s_hat of `steps` evenly spaced DDIM steps from t (B,) towards 0; the
+    last one is the result: `*_, s_hat = denoise(...)`. Stage 2, the cycle and sample.py all use it,
+    so training and sampling cannot drift apart.
 
-    Stage 2, the cycle and sample.py all come here, so training and sampling cannot drift apart.
-    guide: guide(s_hat) -> (B,) loss that the samples should make small, e.g. the error of their
-    renderings against further views (paper, v1). No gradient then reaches the network's weights.
-    """
+    guide: guide(s_hat) -> (B,) loss that sampling should lower, e.g. the error of the renderings in
+    further views (paper, v1). It leaves no gradient in the network's weights."""
     for k in range(steps):
-        now, then = t * (steps - k) // steps, t * (steps - k - 1) // steps    # (B,) int
+        now = t * (steps - k) // steps                                        # (B,) int
+        then = t * (steps - k - 1) // steps                                   # (B,) int
         if guide and k < steps - 1:
             s_hat, slope = guided(denoiser, s_t, now, x_src, guide)           # (B, 24, H, W) each
             pull = RHO * signal_noise(then)[1] * slope                        # (B, 24, H, W)
         else:
-            s_hat, pull = denoiser(s_t, now, x_src), 0                        # (B, 24, H, W)
+            s_hat = denoiser(s_t, now, x_src)                                 # (B, 24, H, W)
+            pull = 0
         yield s_hat
         s_t = ddim_step(s_t, s_hat, now, then) - pull
 
 
 def guided(denoiser, s_t, t, x_src, guide):
-    """-> s_hat, and the gradient of guide(s_hat) by s_t *through* D, of mean square 1 each."""
+    """-> s_hat, and d guide(s_hat) / d s_t *through* D, scaled to mean square 1 per sample."""
     with torch.enable_grad():
         s_t = s_t.detach().requires_grad_()
         s_hat = denoiser(s_t, t, x_src)                                       # (B, 24, H, W)
@@ -311,14 +288,13 @@ def guided(denoiser, s_t, t, x_src, guide):
     return s_hat.detach(), slope / size.clamp(min=1e-12)
 
 
-WEIGHTINGS = {"noise":    lambda a: 1 - a,                         # more, the more noise
+WEIGHTINGS = {"noise":    lambda a: 1 - a,                         # most where sampling starts
               "constant": torch.ones_like,
-              "min_snr":  lambda a: (a / (1 - a)).clamp(max=5)}    # less: Hang et al. 2023
+              "min_snr":  lambda a: (a / (1 - a)).clamp(max=5)}    # most where it ends: Hang 2023
 
 
 def lambda_t(t, kind, t_star=T_STAR):
-    """Weight of the rendering loss by noise level, mean 1 over t > t*. The paper weighs by t and
-    does not say how. With 1 - alpha_bar the weight lies where sampling begins."""
+    """Weight of the rendering loss at noise level t (ours), with mean 1 over t > t*."""
     weight = WEIGHTINGS[kind]
     return weight(alpha_bar(t)) / weight(alpha_bar(torch.arange(t_star + 1, T))).mean().item()
 
@@ -353,83 +329,76 @@ class Denoiser(nn.Module):
     @torch.no_grad()
     def warm_start(self, unet):
         """Begin as the teacher (our addition): its weights, and zeros for what it does not have:
-        noisy splats, time, and reading. At step 0 the splats are those of a teacher that is told
-        nothing, whatever the noise."""
-        theirs, code = unet.state_dict(), self.cfg.code
+        noisy splats, time, reading. At step 0 the output is the teacher's, without a code."""
+        theirs = unet.state_dict()
+        code = self.cfg.code
         for name, mine in self.unet.state_dict().items():
-            affine = ".affine." in name
-            if affine or name.startswith("read.") or name in theirs:
-                mine.zero_()
-            if name not in theirs:
+            if name.startswith("map_layer"):                  # of the time
                 continue
-            w = theirs[name]
+            mine.zero_()
+            w = theirs.get(name, mine.clone())
             if w.dim() == 1:
                 mine.copy_(w)
-            elif affine:                                      # the last columns are the code's
+            elif ".affine." in name:                          # the last columns are the code's
                 mine[:, mine.shape[1] - code:] = w[:, :code]
-            else:                                             # the first channels are the picture's
+            else:                                             # the first channels are the image's
                 mine[:, :w.shape[1]] = w
 
 
-# ---- devices, and weights on disk ----------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# The idea ends here. Below: devices, and weights on disk.
 
 def pick_device(name=""):
-    """The device of that name, or without one the GPU if there is one."""
+    """The device of that name; without a name the GPU, if there is one."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=name)
-    except (RuntimeError, AssertionError):
-        raise SystemExit(f"error: --device={name}: not usable here; try --device=cpu") from None
+    except Exception:
+        fail(f"--device={name}: not usable here; try --device=cpu")
     return name
 
 
 def write_atomically(path, write):
-    """write(temporary file), then rename: a reader sees the old file or the new one, never half."""
+    """write(file), then rename that file to `path`, so that a reader never sees half of it."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.part")   # of a killed writer: written over next time
+    part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as f:
+        with open(part, "wb") as f:
             write(f)
             f.flush()
             os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:     # torch.save turns a full disk into a RuntimeError
-        temporary.unlink(missing_ok=True) if path.parent.is_dir() else None
-        raise SystemExit(f"error: cannot write {path}: {getattr(e, 'strerror', None) or e}; "
-                         "what was there before is untouched") from None
+        part.replace(path)
+    except (OSError, RuntimeError) as e:   # of a full disk torch.save makes a RuntimeError
+        fail(f"cannot write {path}: {e}; what was there before is untouched")
 
 
 def load_checkpoint(path, keys):
     """A dict of tensors and plain values with at least `keys`; never runs code from the file."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise SystemExit(f"error: {path}: no such file; train one with: python train.py") from None
+        for key in keys:
+            checkpoint[key]
+        return checkpoint
     except Exception as e:
-        raise SystemExit(f"error: {path}: not a checkpoint ({type(e).__name__}); name another, or "
-                         "delete it and train again") from None
-    missing = [k for k in keys if not (isinstance(checkpoint, dict) and k in checkpoint)]
-    if missing:
-        raise SystemExit(f"error: {path}: not a checkpoint of this repository, it has no "
-                         f"{', '.join(missing)}; name a file that train.py wrote")
-    return checkpoint
+        reason = f"{type(e).__name__}: {e}".splitlines()[0]
+        fail(f"{path}: not a usable checkpoint ({reason}); name another, or make one with train.py")
 
 
 def save_network(path, network, meta, half=True):
     """Weights, in half precision, with what is needed to use them. meta: plain values."""
     state = {k: v.half() if half and v.is_floating_point() and k != "stats" else v
              for k, v in network.state_dict().items()}
-    write_atomically(path, lambda f: torch.save(
-        {"network": type(network).__name__, "config": asdict(network.cfg), "state": state,
-         "meta": meta}, f))
+    name = type(network).__name__
+    content = dict(network=name, config=asdict(network.cfg), state=state, meta=meta)
+    write_atomically(path, lambda f: torch.save(content, f))
 
 
 def load_network(path, cls, device="cpu"):
     """-> (network in evaluation mode, meta) of a file that `save_network` wrote."""
     c = load_checkpoint(path, ("network", "config", "state", "meta"))
     if c["network"] != cls.__name__:
-        raise SystemExit(f"error: {path}: holds a {c['network']}, a {cls.__name__} is needed here")
+        fail(f"{path}: holds a {c['network']}, a {cls.__name__} is needed here")
     network = cls(ModelConfig(**c["config"]))
     network.load_state_dict(c["state"])
     return network.eval().to(device), c["meta"]

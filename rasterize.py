@@ -1,13 +1,12 @@
-"""Gaussians + cameras -> images.
+"""Gaussians and cameras in, images out.
 
-The one door is `render(g, cam, background) -> rgb, alpha, depth`: differentiable, batched over
-B objects x V views, each object with Gaussians of its own. `render_reference` below is the
-*definition* of the image, in plain PyTorch and slow: every Gaussian is evaluated at every pixel.
-The kernels in csrc/ draw the same image, several hundred times faster; they are compiled on first
-use, and where that fails the reference draws. `python csrc/bench.py` times both.
-No networks, losses or files in here.
+`render(g, cam, background) -> rgb, alpha, depth` is the function for other files: differentiable,
+and batched over B objects x V views. `render_reference` is the *definition* of the image, in plain
+PyTorch and slow: it evaluates every Gaussian at every pixel. The kernels in csrc/ compute the same
+image fast (`python csrc/bench.py` times both). They are compiled on first use; if that fails, the
+reference is used instead. No networks, losses or files in here.
 
-Conventions, stated once for the whole repository:
+Conventions of the whole repository:
     camera      OpenCV: x right, y down, z forward; pixel i is sampled at i + 0.5
     world       the source camera's frame: the source view's w2c is the identity
     quaternion  w, x, y, z; need not be normalised
@@ -15,13 +14,12 @@ Conventions, stated once for the whole repository:
     blending    front to back by depth, ties by index; alpha <= 0.99, nothing below 1/255,
                 stop before the Gaussian that would leave less than 1e-4 of the light
     SH          degree 0 or 1: colour = max(0, 1/2 + C0 k0 + C1 (-y k1 + z k2 - x k3))
-Letters: B objects, V views, N Gaussians, H W pixels, P = pixels in one chunk, I = B V images.
+Letters: B objects, V views, N Gaussians, H W pixels, P = pixels in one chunk.
 """
 import functools
 import hashlib
-import importlib.util
+import importlib
 import os
-import platform
 import shutil
 import sys
 import sysconfig
@@ -34,7 +32,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-C0, C1 = 0.28209479177387814, 0.4886025119029199   # real spherical harmonics, degrees 0 and 1
+C0 = 0.28209479177387814   # real spherical harmonics, degree 0
+C1 = 0.4886025119029199    # and degree 1
 LOW_PASS = 0.3         # px^2 added to the 2D covariance: no Gaussian is thinner than a pixel
 ALPHA_MAX = 0.99       # keeps 1 - alpha away from 0, so the blend stays invertible
 ALPHA_MIN = 1 / 255    # below one grey level a Gaussian is skipped
@@ -64,6 +63,11 @@ class Camera(NamedTuple):
         return Camera(self.w2c.to(*args), self.K.to(*args), self.hw)
 
 
+def fail(message):
+    """Bad input ends in one line on stderr, exit code 1, no traceback."""
+    raise SystemExit(f"error: {message}")
+
+
 # ---- rigid motion --------------------------------------------------------------------------------
 
 def invert_pose(m):
@@ -83,16 +87,13 @@ def quat_to_matrix(q):
 
 
 def matrix_to_quat(R):
-    """(..., 3, 3) rotation -> (..., 4) unit quaternion with w >= 0.
-
-    The matrix of all products q_i q_j is linear in R, up to the sign of q; its largest diagonal
-    entry names the row that is safe to divide by.
-    """
-    m = R.flatten(-2).unbind(-1)                                              # row-major 3x3
-    qq = torch.stack([1 + m[0] + m[4] + m[8], m[7] - m[5], m[2] - m[6], m[3] - m[1],
-                      m[7] - m[5], 1 + m[0] - m[4] - m[8], m[1] + m[3], m[2] + m[6],
-                      m[2] - m[6], m[1] + m[3], 1 - m[0] + m[4] - m[8], m[5] + m[7],
-                      m[3] - m[1], m[2] + m[6], m[5] + m[7], 1 - m[0] - m[4] + m[8]],
+    """(..., 3, 3) rotation -> (..., 4) unit quaternion with w >= 0. The products q_i q_j are linear
+    in R, and every row of them is a multiple of q; the one with the largest diagonal is safe."""
+    xx, xy, xz, yx, yy, yz, zx, zy, zz = R.flatten(-2).unbind(-1)             # (...) each
+    qq = torch.stack([1 + xx + yy + zz, zy - yz, xz - zx, yx - xy,
+                      zy - yz, 1 + xx - yy - zz, xy + yx, xz + zx,
+                      xz - zx, xy + yx, 1 - xx + yy - zz, yz + zy,
+                      yx - xy, xz + zx, yz + zy, 1 - xx - yy + zz],
                      -1).unflatten(-1, (4, 4))                                # (..., 4, 4) 4 q q^T
     row = qq.diagonal(dim1=-2, dim2=-1).argmax(-1)[..., None, None]           # (..., 1, 1)
     q = F.normalize(qq.take_along_dim(row, -2).squeeze(-2), dim=-1)           # (..., 4)
@@ -197,22 +198,19 @@ def render_reference(g, cam, background, near=NEAR, chunk=1 << 20):
                  + s.det + s.z + s.opacity)                                   # (B, V, N)
         ok = (total.isfinite() & (s.z > near) & (s.det > 0) & (s.opacity >= ALPHA_MIN)
               & (g.quat.square().sum(-1) >= 1e-8))                            # (B, V, N)
-    # A culled Gaussian is replaced by a harmless one *before* the differentiable pass: no NaN of
-    # its own can then reach a gradient (0 x NaN = NaN), and its own gradients are exactly 0.
-    inside = invert_pose(cam.w2c)[..., None, :3, 2] + invert_pose(cam.w2c)[..., None, :3, 3]
-    one = torch.ones_like(ok, dtype=g.xyz.dtype)                              # (B, V, N)
-    xyz, scale, quat, opacity, sh = g
-    g = Gaussians(torch.where(ok[..., None], xyz, inside),                    # 1 unit ahead
-                  torch.where(ok[..., None], scale, one[..., None]),
-                  torch.where(ok[..., None], quat, one[..., None]),
-                  torch.where(ok, opacity, 0 * one),
-                  torch.where(ok[..., None, None], sh, one[..., None, None]))
+    # A culled Gaussian is replaced by a harmless one *before* the differentiable pass: so its NaN
+    # cannot reach a gradient (0 x NaN = NaN), and its own gradients are exactly 0.
+    ahead = invert_pose(cam.w2c)[..., None, :3, 2:].sum(-1)                   # (B, V, 1, 3) 1 unit
+    g = Gaussians(torch.where(ok[..., None], g.xyz, ahead),
+                  torch.where(ok[..., None], g.scale, 1),
+                  torch.where(ok[..., None], g.quat, 1),
+                  torch.where(ok, g.opacity, 0),
+                  torch.where(ok[..., None, None], g.sh, 1))
     s = project(g, cam)
     order = s.z.detach().masked_fill(~ok, torch.inf).argsort(dim=-1, stable=True)   # (B, V, N)
 
-    px = torch.arange(w, device=s.z.device, dtype=s.z.dtype) + 0.5
-    py = torch.arange(h, device=s.z.device, dtype=s.z.dtype) + 0.5
-    pixel = torch.stack(torch.meshgrid(px, py, indexing="xy"), -1).view(-1, 2)     # (HW, 2)
+    grid = torch.meshgrid(torch.arange(w), torch.arange(h), indexing="xy")    # (H, W) x, y
+    pixel = torch.stack(grid, -1).view(-1, 2).to(s.z) + 0.5                   # (HW, 2)
     step = max(1, chunk // max(1, s.z.shape[-1]))
     images = []
     for b in range(B):
@@ -221,153 +219,127 @@ def render_reference(g, cam, background, near=NEAR, chunk=1 << 20):
             images.append(torch.cat([checkpoint(blend, p, *splats, background[b],
                                                 use_reentrant=False) for p in pixel.split(step)]))
     out = torch.stack(images).mT.reshape(B, V, 5, h, w)                       # rgb, alpha, depth
-    return out[:, :, :3], out[:, :, 3:4], out[:, :, 4:]
+    return out.split([3, 1, 1], 2)
 
 
 # ---- the kernels ---------------------------------------------------------------------------------
 
 CSRC = Path(__file__).resolve().parent / "csrc"
-# Not -ffast-math: NaN could not be told from numbers any more.
+# Not -ffast-math, with which NaN could not be told from numbers.
 FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"]
-OPENMP = ["-fopenmp"] if sys.platform == "linux" else []   # without it: one thread
+FLAGS += ["-fopenmp"] if sys.platform == "linux" else []   # elsewhere: one thread
 
 
 @functools.cache
-def extension(device):
-    """csrc/ compiled for "cpu" or "cuda" and loaded -> (module, None), or (None, why not).
-
-    It is compiled once: the folder's name holds a hash of all that the result depends on.
-    """
-    sources = {"cpu": ["rasterize.cpp"], "cuda": ["rasterize.cpp", "rasterize.cu"]}.get(device)
-    if not sources or not all((CSRC / x).exists() for x in sources):
-        return None, f"csrc/ has no kernel for {device}"
-    if device == "cuda" and not torch.cuda.is_available():
-        return None, "there is no GPU that PyTorch can use"
-    flags, cuda_flags = FLAGS + OPENMP, []
-    if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
-        flags += ["-mavx2", "-mfma"]   # not -march=native: machines may share a home folder
+def load_kernels(device):
+    """The module of csrc/ for "cpu" or "cuda". It is compiled once: the name of its folder holds a
+    hash of everything that the result depends on. If that fails, an exception says why."""
+    import fcntl   # not on Windows
+    if device not in ("cpu", "cuda"):
+        raise RuntimeError(f"csrc/ has no kernel for {device}")
+    sources = [CSRC / "rasterize.cpp"]
+    wide = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    flags = FLAGS + wide * ["-mavx2", "-mfma"]   # not -march=native: a home folder may be shared
+    cuda_flags = []
     if device == "cuda":
-        flags += ["-DWITH_CUDA"]
-        sm = "".join(map(str, torch.cuda.get_device_capability()))   # for this GPU alone
+        sources.append(CSRC / "rasterize.cu")
+        flags.append("-DWITH_CUDA")
+        sm = "".join(map(str, torch.cuda.get_device_capability()))   # compile for this GPU only
         # Division and root to 2 units in the last place, denormals are 0; NaN stays NaN.
-        cuda_flags = ["-O3", "-ftz=true", "-prec-div=false", "-prec-sqrt=false",
-                      f"-gencode=arch=compute_{sm},code=sm_{sm}"]
-    key = repr([device, flags, cuda_flags, sys.version, torch.__version__, platform.machine()])
-    key = key.encode() + b"".join((CSRC / x).read_bytes() for x in ["splat.h", *sources])
-    name = f"splats_{device}_{hashlib.sha256(key).hexdigest()[:16]}"
+        cuda_flags = ["-O3", "-ftz=true", "-prec-div=false", "-prec-sqrt=false", f"-arch=sm_{sm}"]
+    text = [path.read_bytes() for path in (*sources, CSRC / "splat.h")]
+    key = [text, flags, cuda_flags, sys.version, torch.__version__, sysconfig.get_platform()]
+    name = f"splats_{device}_{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}"
     root = os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions")
     folder = Path(root).expanduser() / name
-    try:
-        import fcntl
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "flock", "w") as lock:   # the system frees it even of a killed process
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not (folder / "done").exists():
-                (folder / "lock").unlink(missing_ok=True)   # torch's own: a killed build leaves it
-                compile_extension(name, sources, flags, cuda_flags, folder)
-                (folder / "done").touch()
-        spec = importlib.util.spec_from_file_location(name, folder / f"{name}.so")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module, None
-    except Exception as e:   # whatever it is: the reference can still draw
-        return None, str(e)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "flock", "w") as lock:   # the system releases it when a process is killed
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "done").exists():
+            (folder / "lock").unlink(missing_ok=True)   # torch's own, left by a killed build
+            compile_kernels(name, sources, flags, cuda_flags, folder)
+            (folder / "done").touch()
+    sys.path.append(str(folder))
+    return importlib.import_module(name)
 
 
-def compile_extension(name, sources, flags, cuda_flags, folder):
-    """The slow part of `extension`; says in a sentence which of four usual things is missing."""
-    if importlib.util.find_spec("ninja"):   # venv/bin/python does not put venv/bin on the PATH
-        import ninja
-        os.environ["PATH"] += os.pathsep + ninja.BIN_DIR
-    compiler = os.environ.get("CXX", "c++").split()[0]
-    if not shutil.which(compiler):
-        raise RuntimeError(f"there is no C++ compiler called {compiler} (CXX can name another)")
-    if not shutil.which("ninja"):
-        raise RuntimeError("there is no ninja (pip install ninja)")
-    if not Path(sysconfig.get_path("include"), "Python.h").exists():
-        raise RuntimeError("there is no Python.h (the system's package is called python3-dev)")
+def compile_kernels(name, sources, flags, cuda_flags, folder):
+    """The slow part of `load_kernels`. If one of the usual things is missing, name it."""
     from torch.utils import cpp_extension   # slow to import
-    if cuda_flags and not (cpp_extension.CUDA_HOME
-                           and shutil.which(Path(cpp_extension.CUDA_HOME, "bin", "nvcc"))):
-        raise RuntimeError("there is no CUDA compiler nvcc (CUDA_HOME can name the folder of a "
-                           f"toolkit, which should be version {torch.version.cuda} as PyTorch's)")
-    print(f"rasterize: compiling csrc/ (once, about {'a' if cuda_flags else 'half a'} minute)",
-          flush=True)
-    cpp_extension.load(name, [str(CSRC / x) for x in sources], extra_cflags=flags,
-                       extra_cuda_cflags=cuda_flags,
-                       extra_ldflags=OPENMP, build_directory=str(folder))
+    os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")   # ninja of a venv
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    nvcc = Path(cpp_extension.CUDA_HOME or "", "bin", "nvcc")
+    for what, found in {
+            f"C++ compiler called {compiler} (CXX can name another)": shutil.which(compiler),
+            "Python.h (the system's package is called python3-dev)": header.exists(),
+            "ninja (pip install ninja)": shutil.which("ninja"),
+            "CUDA compiler nvcc (CUDA_HOME can name the folder of a toolkit, which should be "
+            f"version {torch.version.cuda} as PyTorch's)": nvcc.exists() or not cuda_flags}.items():
+        if not found:
+            raise RuntimeError(f"there is no {what}")
+    print("rasterize: compiling csrc/ (once, about a minute)", flush=True)
+    cpp_extension.load(name, list(map(str, sources)), extra_cflags=flags, extra_ldflags=list(FLAGS),
+                       extra_cuda_cflags=cuda_flags, build_directory=str(folder))
 
 
 class Rasterize(torch.autograd.Function):
-    """The kernel as one differentiable step of g and the background."""
+    """The kernel as one differentiable function of g and the background."""
 
     @staticmethod
-    def forward(ctx, module, hw, near, w2c, K, background, *g):
-        background, w2c, K, *g = [x.contiguous() for x in (background, w2c, K, *g)]
+    def forward(ctx, module, hw, near, *inputs):
+        w2c, K, background, *g = inputs = [x.contiguous() for x in inputs]
         out = module.forward(g, background, w2c, K, *hw, near)
         ctx.module = module
         ctx.set_materialize_grads(False)   # no zeros for what the loss does not use
-        ctx.save_for_backward(background, w2c, K, *g, *out)
+        ctx.save_for_backward(*inputs, *out)
         return tuple(out[:3])                                                 # rgb, alpha, depth
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *d_out):
-        background, w2c, K, *rest = ctx.saved_tensors
-        g, out = rest[:5], rest[5:]
+        w2c, K, background, *rest = ctx.saved_tensors                         # then 5 of g, out
         d_background = torch.zeros_like(background) if ctx.needs_input_grad[5] else None
-        if ctx.needs_input_grad[5] and d_out[0] is not None:   # what the splats let through
-            d_background = ((1 - out[1]) * d_out[0]).sum((1, 3, 4))           # (B, 3)
-        d_out = [out[0].new_empty(0) if x is None else x.contiguous() for x in d_out]
-        d_g = ctx.module.backward(g, background, w2c, K, out, d_out)
+        if ctx.needs_input_grad[5] and d_out[0] is not None:   # (1 - alpha) of it reach the camera
+            d_background = ((1 - rest[6]) * d_out[0]).sum((1, 3, 4))          # (B, 3)
+        d_out = [w2c.new_empty(0) if x is None else x.contiguous() for x in d_out]
+        d_g = ctx.module.backward(rest[:5], background, w2c, K, rest[5:], d_out)
         return None, None, None, None, None, d_background, *d_g
 
 
-# ---- the one door --------------------------------------------------------------------------------
+# ---- the one function for other files ------------------------------------------------------------
 
 @functools.cache
 def choose(backend, device):
-    """Who draws on this kind of device: a compiled module, or None for the reference."""
-    if backend == "torch":
-        return None
-    if backend not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"backend {backend!r} is none of auto, cpu, cuda, torch")
-    if backend not in ("auto", device):
-        raise ValueError(f"the {backend} backend cannot draw Gaussians that are on {device}")
-    module, why = extension(device)
-    if module is None and backend != "auto":
-        raise RuntimeError(f"the {backend} backend cannot be built: {why}")
-    if backend == "auto":
-        how = (f"the {device} kernel, since the Gaussians are on {device}" if module else
-               f"the PyTorch reference, which is slow, because {why.splitlines()[0]}")
-        print(f"rasterize: drawing with {how}", flush=True)
-    return module
+    """The kernel module for Gaussians on `device`, or None for the reference."""
+    if backend not in ("auto", device, "torch"):
+        raise ValueError(f"backend {backend!r}: Gaussians on {device} need auto, {device} or torch")
+    try:
+        return None if backend == "torch" else load_kernels(device)
+    except Exception as e:   # any failure at all: the reference still works
+        if backend == device:
+            raise RuntimeError(f"the {device} backend cannot be built: {e}") from None
+        print("rasterize: drawing with the PyTorch reference, which is slow, because "
+              f"{str(e).splitlines()[0]}", flush=True)
 
 
 def render(g, cam, background, near=NEAR, backend="auto"):
-    """Images of Gaussians `g` from cameras `cam`.
+    """Images of Gaussians `g` from cameras `cam`: rgb (B, V, 3, H, W), not clamped; alpha
+    (B, V, 1, H, W) in [0, 1); depth (B, V, 1, H, W) = sum of weight x z, not divided by alpha.
 
     background: colour behind everything, (3,) or one per object (B, 3).
     near:       world units; only Gaussians with z > near are drawn.
-    backend:    "cpu" or "cuda", the compiled kernels; "torch", the reference; "auto", the kernel
-                of the device that g is on, and if it cannot be compiled the reference.
-    Returns rgb (B, V, 3, H, W), not clamped; alpha (B, V, 1, H, W) in [0, 1); and depth
-    (B, V, 1, H, W) = sum of weight x z, not divided by alpha. Differentiable in every field of
-    `g` and in the background. A Gaussian with NaN, Inf or a zero quaternion is not drawn.
-    ValueError: shapes or devices that do not fit together. RuntimeError: a kernel that was asked
-    for by name and cannot be compiled, with what the compiler said.
-    In a CUDA graph nothing waits for the device, if the background is a tensor on it. Under
-    torch.compile this call is a graph break: there is nothing in it to compile.
-    """
+    backend:    "cpu" or "cuda", the kernels; "torch", the reference; "auto", the kernel of g's
+                device, or the reference if it cannot be compiled. Float64 on a GPU: the reference.
+    Differentiable in every field of `g` and in the background. A Gaussian with NaN, Inf or a zero
+    quaternion is not drawn. ValueError: shapes, devices or backend do not fit together.
+    RuntimeError: a kernel asked for by name cannot be compiled. In a CUDA graph nothing waits for
+    the device, if the background is on it. Under torch.compile this call is a graph break."""
     if torch.compiler.is_compiling():   # not a decorator, which would import the compiler here
-        return torch.compiler.disable(draw)(g, cam, background, near, backend)
-    return draw(g, cam, background, near, backend)
-
-
-def draw(g, cam, background, near, backend):
-    """`render` itself."""
+        return torch.compiler.disable(render)(g, cam, background, near, backend)
     device = g.xyz.device
-    (B, N), V, k = g.xyz.shape[:2], cam.w2c.shape[1], g.sh.shape[2]
+    B, V = cam.w2c.shape[:2]
+    N, k = g.sh.shape[1:3]
     cam = cam._replace(K=cam.K[..., :4])
     inputs = (*g, cam.w2c, cam.K)
     want = [(B, N, 3), (B, N, 3), (B, N, 4), (B, N), (B, N, k, 3), (B, V, 4, 4), (B, V, 4)]
@@ -377,15 +349,45 @@ def draw(g, cam, background, near, backend):
             f"{name} {list(x.shape)} on {x.device}"
             for name, x in zip(Gaussians._fields + Camera._fields, inputs)))
     dtype = torch.float64 if g.xyz.dtype == torch.float64 else torch.float32   # never half
-    if any(x.dtype != dtype for x in inputs):
-        g, cam = g.to(dtype), cam.to(dtype)
-    background = torch.as_tensor(background, dtype=dtype, device=device).expand(B, 3)
     if device.type == "cuda" and dtype == torch.float64:
-        if backend == "cuda":
-            raise ValueError("the CUDA kernels are float32 only; the torch backend has float64")
         backend = "torch"
+    g = g.to(dtype)
+    cam = cam.to(dtype)
+    background = torch.as_tensor(background, dtype=dtype, device=device).expand(B, 3)
     module = choose(backend, device.type)
     if module:
         return Rasterize.apply(module, cam.hw, near, cam.w2c, cam.K, background, *g)
     with torch.autocast(device.type, enabled=False):
         return render_reference(g, cam, background, near)
+
+
+# ---- graph capture -------------------------------------------------------------------------------
+
+class Captured:
+    """step(*tensors) -> tensors, as one CUDA graph: a single launch instead of thousands. The first
+    calls run eagerly, because compilers and libraries settle in them; the next one is recorded, and
+    replayed on new inputs from then on. The outputs are overwritten by the next call."""
+
+    def __init__(self, step, first=3):
+        self.step = step
+        self.first = first
+        self.graph = None
+        self.stream = torch.cuda.Stream()
+
+    def __call__(self, *inputs):
+        if self.graph:
+            torch._foreach_copy_(self.inputs, inputs)
+            self.graph.replay()
+            return self.outputs
+        self.first -= 1
+        if self.first >= 0:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):   # the stream that a recording will use, too
+                outputs = self.step(*inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return outputs
+        self.inputs = [x.clone() for x in inputs]
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
+            self.outputs = self.step(*self.inputs)
+        return self(*inputs)

@@ -1,14 +1,13 @@
-"""The teacher: an image-to-3D model whose splats, once noised, the student denoises.
+"""The teacher: an image-to-3D model. The student learns to denoise its splats.
 
 It is Splatter Image's network (Szymanowicz et al. 2024): a U-Net without time, one Gaussian per
-pixel, trained by rendering alone. Left out: its camera embedding and cross-view attention for two
-input views, dropout, and the LPIPS fine-tuning. The training loop is in train.py, as stage 0; the
-released weights can take its place (`load_splatter_image`).
+pixel, trained by rendering alone (stage 0 of train.py), or with its released weights. Left out: its
+camera embedding and cross-view attention for two input views, dropout, and the LPIPS fine-tuning.
 
-The paper's teacher is deterministic: its splats, noised or not, tell the denoiser nothing that the
-picture does not, so every sample is the same average. *Ours* has a second use: shown further views,
-it is told in a short code where it is wrong (learning with privileged information). Splats made
-with a code are what the student learns from, so its samples differ as the objects do.
+The paper's teacher is deterministic. Its splats say no more than the picture does, so a denoiser
+that is trained on them always samples the same average. *Ours* also accepts further views: it is
+told in a short code what it gets wrong there (learning with privileged information). The student
+learns from the splats with a code, so its samples differ as the objects do.
 """
 import re
 from dataclasses import replace
@@ -17,16 +16,14 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from model import (ModelConfig, S, UNet, canonical, group_norm, load_checkpoint, load_network,
+from model import (ModelConfig, UNet, canonical, group_norm, load_checkpoint, load_network,
                    splats_to_gaussians)
-from rasterize import Camera, render
+from rasterize import Camera, fail, render
 
 
 class Encoder(nn.Module):
-    """The teacher's errors in further views -> a short code (ours).
-
-    The average colour of the errors goes into the code directly: from the first step it says
-    something that the picture does not, and the rest of the encoder can learn from there."""
+    """The teacher's errors in further views -> a short code (ours). Their average colour enters the
+    code through one linear layer, so that the code is informative from the first step."""
 
     def __init__(self, code):
         super().__init__()
@@ -38,10 +35,10 @@ class Encoder(nn.Module):
         nn.init.normal_(self.colour.weight)
 
     def forward(self, error):
-        """error (B, K, 3, H, W), true minus rendered views -> (B, code) in [-1, 1]."""
+        """error (B, V, 3, H, W), true minus rendered views -> (B, code) in [-1, 1]."""
         size = error.square().mean((1, 2, 3, 4), keepdim=True).sqrt()         # (B, 1, 1, 1, 1)
         error = error / size.clamp(min=1e-6)                                  # mean square 1
-        found = self.convs(error.flatten(0, 1)).mean((2, 3))                  # (BK, 128)
+        found = self.convs(error.flatten(0, 1)).mean((2, 3))                  # (BV, 128)
         found = found.unflatten(0, error.shape[:2]).mean(1)                   # (B, 128)
         colour = 20 * error.mean((1, 3, 4))                                   # (B, 3) about 1
         return (self.colour(colour) + self.mlp(found)).tanh()                 # (B, code)
@@ -57,15 +54,14 @@ class Teacher(nn.Module):
         self.encoder = Encoder(cfg.code) if cfg.code else None
 
     def forward(self, images, cam=None, background=None):
-        """images (B, K, 3, H, W) in [0, 1], the source view first; cam: their cameras.
-
-        K = 1: the paper's deterministic teacher, told nothing. K > 1: told what it gets wrong in
-        the views after the first, which are on `background` (3,)."""
+        """images (B, V, 3, H, W) in [0, 1], the source view first; cam: their cameras. V = 1: the
+        paper's teacher. V > 1: the teacher is told what it gets wrong in the views after the
+        first, which are on `background` (3,)."""
         code = self.code(images, cam, background)
         return self.unet(images[:, 0], code=code)[0]                          # (B, 24, H, W) raw
 
     def code(self, images, cam, background):
-        """What the views after the first tell: (B, code), zeros without any; None without code."""
+        """The views after the first -> (B, code), zeros for V = 1; None if cfg.code is 0."""
         if not self.encoder:
             return None
         nothing = images.new_zeros(len(images), self.cfg.code)                # (B, code)
@@ -74,9 +70,9 @@ class Teacher(nn.Module):
         with torch.no_grad():
             g = self.gaussians(self.unet(images[:, 0], code=nothing)[0], cam.K[:, 0])
             others = Camera(cam.w2c[:, 1:], cam.K[:, 1:], cam.hw)
-            seen, _, _ = render(g, others, background)                        # (B, K-1, 3, H, W)
-        with torch.autocast(images.device.type, torch.bfloat16, self.unet.bf16,
-                            cache_enabled=False):
+            seen, _, _ = render(g, others, background)                        # (B, V-1, 3, H, W)
+        device = images.device.type
+        with torch.autocast(device, torch.bfloat16, self.unet.bf16, cache_enabled=False):
             return self.encoder(images[:, 1:] - seen).float()
 
     def gaussians(self, raw, K):
@@ -85,8 +81,8 @@ class Teacher(nn.Module):
 
 
 def can_be_told(teacher, code):
-    """A teacher without a code -> one that is told in `code` numbers what it gets wrong. Told
-    nothing, it stays the given one to the last bit, because only what is told will be learned."""
+    """A teacher without a code -> one with a code of `code` numbers. With a code of zeros it stays
+    the given teacher to the last bit, because only the layers that read the code are trained."""
     told = Teacher(replace(teacher.cfg, code=code))
     told.load_state_dict(teacher.state_dict(), strict=False)
     for name, x in told.named_parameters():
@@ -96,19 +92,20 @@ def can_be_told(teacher, code):
 
 @torch.no_grad()
 def splat_statistics(batches):
-    """Mean and deviation (2, 24) of raw splats (B, 24, H, W) per channel: what `normalise`
-    subtracts and divides by."""
-    count, (total, square) = 0, torch.zeros(2, S, dtype=torch.float64)
+    """Per channel, the mean and deviation of batches of raw splats (B, 24, H, W) -> (2, 24)."""
+    count = total = square = 0
     for raw in batches:
         s = canonical(raw).double().movedim(1, 0).flatten(1).cpu()            # (24, BHW)
-        count, total, square = count + s.shape[1], total + s.sum(1), square + s.square().sum(1)
+        count += s.shape[1]
+        total += s.sum(1)                                                     # (24,)
+        square += s.square().sum(1)                                           # (24,)
     mean = total / count
-    std = (square / count - mean ** 2).clamp(min=1e-6).sqrt()                # at least 0.001
+    std = (square / count - mean ** 2).clamp(min=1e-6).sqrt()                 # at least 0.001
     return torch.stack([mean, std]).float()
 
 
 def load_teacher(path, near, far):
-    """teacher.pt as train.py leaves it, or a checkpoint of Splatter Image -> Teacher."""
+    """teacher.pt of train.py, or a checkpoint of Splatter Image -> Teacher."""
     if "network" in load_checkpoint(path, []):
         return load_network(path, Teacher)[0]
     return load_splatter_image(path, near, far)
@@ -116,49 +113,26 @@ def load_teacher(path, near, far):
 
 # ---- Splatter Image's released weights -----------------------------------------------------------
 
-RENAME = [(r"^network_with_offset\.", ""),             # our names are theirs, without these
-          (r"^encoder\.", ""),
-          (r"^dec\.\d+x\d+_aux", "aux")]
+PREFIX = r"network_with_offset\.|encoder\.|dec\.\d+x\d+_(?=aux)"   # their names have these, too
 UNUSED = ("ray_dirs", "sh_to_v_transform", "v_to_sh_transform",   # constants that we compute
-          "resample_filter")                           # a 2x2 box: average pooling
+          "resample_filter")                                      # a 2 x 2 box: average pooling
 
 
 def load_splatter_image(path, near, far):
-    """model_<category>.pth of Splatter Image -> Teacher, its shape read off the weights.
-
-    near, far: world units, of the category; the file does not say. One line and exit 1 if the file
-    is something else, naming the tensors that are missing, unknown or of another shape.
-    """
+    """model_<category>.pth of Splatter Image -> Teacher of the shape of these weights. near, far:
+    world units, of the category; the file does not say."""
     theirs = load_checkpoint(path, ["model_state_dict"])["model_state_dict"]
-    state = {}
-    for name, x in theirs.items():
-        for pattern, new in RENAME:
-            name = re.sub(pattern, new, name)
-        if not name.endswith(UNUSED):
-            state[name] = x
-
-    def channels(name):
-        return len(state[name]) if name in state else 0
-    levels = {int(r) for k in state for r in re.findall(r"^enc\.(\d+)x\1_", k)}
-    levels = sorted(levels, reverse=True) or [0]                # resolutions, the finest first
-    first = f"enc.{levels[0]}x{levels[0]}"
-    width = channels(f"{first}_conv.weight")
-    if not width:
-        raise SystemExit(f"error: {path}: not a checkpoint of Splatter Image: no first convolution "
-                         "(network_with_offset.encoder.enc.<size>x<size>_conv) is in it")
-    mult = tuple(channels(f"enc.{r}x{r}_block0.conv0.weight") // width for r in levels)
-    blocks = sum(k.startswith(f"{first}_block") and k.endswith(".conv0.weight") for k in state)
-    attend = [r for r in levels if f"enc.{r}x{r}_block0.qkv.weight" in state] or [0]
-    cfg = ModelConfig(levels[0], width, mult, blocks, attend[0], near, far)
-    teacher = Teacher(cfg)
-    mine = teacher.unet.state_dict()
-    wrong = ([f"{k} is missing" for k in mine if k not in state]
-             + [f"{k} is unknown" for k in state if k not in mine]
-             + [f"{k} is {list(state[k].shape)}, not {list(x.shape)}" for k, x in mine.items()
-                if k in state and state[k].shape != x.shape])
-    if wrong:
-        more = f", and {len(wrong) - 8} more" * (len(wrong) > 8)
-        raise SystemExit(f"error: {path}: not Splatter Image with one input view, offsets and SH "
-                         f"of degree 1: {'; '.join(wrong[:8])}{more}")
-    teacher.unet.load_state_dict(state)
+    state = {re.sub(PREFIX, "", k): x for k, x in theirs.items() if not k.endswith(UNUSED)}
+    blocks = [k.split(".")[1] for k in state if re.match(r"enc\..*block\d+\.conv0\.weight", k)]
+    res = sorted({int(k.split("x")[0]) for k in blocks}, reverse=True)        # the finest first
+    try:
+        chan = [len(state[f"enc.{r}x{r}_block0.conv0.weight"]) for r in res]
+        attn = max([r for r in res if f"enc.{r}x{r}_block0.qkv.weight" in state], default=0)
+        width = len(state[f"enc.{res[0]}x{res[0]}_conv.weight"])
+        teacher = Teacher(ModelConfig(res[0], width, tuple(c // width for c in chan),
+                                      len(blocks) // len(res), attn, near, far))
+        teacher.unet.load_state_dict(state)
+    except Exception as e:
+        fail(f"{path}: not Splatter Image with one input view, offsets and SH of degree 1: "
+             f"{' '.join(str(e).split())[:1000]}")
     return teacher.eval()
