@@ -643,7 +643,14 @@ def read_views(path, size, meta, a):
     """The source view, then those that guide -> pixels (V, size, size, 3) uint8, and cameras (1, V)
     in the source camera's frame."""
     if path.is_dir():
-        pixels, c2w, K = data.read_object(path, size, meta)                   # (V, size, size, 3)
+        split = next((split for split in ("test", "val", "train") if data.layout(path, split)), "")
+        if not split:
+            fail(f"{path}: a folder, but not the object of a dataset")
+        pixels, c2w, K = data.read_object(path, split, size, meta)            # (V, size, size, 3)
+        if K.shape[1] < len(meta["K"]):
+            c2w, K = data.centred(c2w, K, path, size)
+        if K.shape[1] > len(meta["K"]) or not np.isfinite(c2w).all():
+            fail(f"{path}: its cameras are not such as these weights were trained with")
         views = (a.views or ("64" if len(c2w) > 64 else "0")).split(",")
         if not all(view.isdecimal() and int(view) < len(c2w) for view in views):
             fail(f"{path}: --views {a.views}: give numbers from 0 to {len(c2w) - 1}")
@@ -651,6 +658,8 @@ def read_views(path, size, meta, a):
         pixels = pixels[views]
         K = K[views]                                                          # (V, 4 or 5)
         poses = np.linalg.inv(c2w[views[0]]) @ c2w[views]                     # to the source camera
+    elif a.views:
+        fail(f"{path}: --views needs the folder of an object")
     else:
         read = [prepare(p, size, meta["background"], bool(a.view)) for p in [path, *a.view]]
         pixels = np.stack([x for x, _ in read])
@@ -714,7 +723,9 @@ def main():
              ".webp can be wide"),
             (a.steps is not None and not 0 < a.steps < T, f"--steps: give 1 to {T - 1}"),
             (len(a.view) != len(a.pose), "give a --pose for each --view"),
-            (len(a.image) > 1 and (a.out or a.view), "--out and --view go with a single picture")]:
+            (len(a.image) > 1 and (a.out or a.view), "--out and --view go with a single picture"),
+            (len({path.resolve().stem for path in a.image}) < len(a.image),
+             "two pictures of one name would share a folder; take one after the other")]:
         if wrong:
             fail(message)
     a.device = pick_device(a.device)

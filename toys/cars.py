@@ -1,19 +1,26 @@
 """Procedural cars: ray cast in closed form, written in the ShapeNet-SRN layout.
 
 A toy world in which one picture cannot show everything: each door is amber or blue, drawn
-independently, and no view sees both. Nobody need read this to follow the method; data.py calls
-`write_car` where there are no real cars, and `door_pictures` to score what a model cannot know.
+independently, and no view sees both. The method can be followed without reading this file. data.py
+calls `generate` if there are no real cars; `door_pair` and `door_scores` measure what a model makes
+of the door that its input does not show.
 """
 import json
 import shutil
+import tempfile
 from colorsys import hsv_to_rgb
 from itertools import combinations
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
 
+from rasterize import fail
+
+VERSION = 1            # of the cars: to be raised when their files change
 SIZE, K = 128, (131.25, 131.25, 64, 64)     # pixels of a picture; its fx fy cx cy
 SOURCE = 64            # the view of a test car that a model is shown
 
@@ -338,6 +345,49 @@ def write_car(job):
     part.rename(final)
 
 
+def add_car(job):
+    """`write_car` in a folder of its own, then move the car: another run may make it, too."""
+    folder, *which = job
+    with tempfile.TemporaryDirectory(prefix=".", dir=folder) as own:
+        write_car((Path(own), *which))
+        car, = Path(own).iterdir()
+        try:
+            car.rename(folder / car.name)
+        except OSError:
+            if not (folder / car.name).exists():
+                raise
+
+
+def generate(folder, wanted, seed, parallel):
+    """Add the cars that a set lacks; wanted is {split: number of cars}, parallel is data.parallel.
+    procedural.json holds the set's seed and is written first, once."""
+    note = folder / "procedural.json"
+    about = {"version": VERSION, "seed": seed}
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(note, "x") as file:
+            file.write(json.dumps(about) + "\n")
+    except FileExistsError:
+        pass
+    try:
+        found = json.loads(note.read_text())
+    except ValueError:
+        found = {}
+    if {**found, **about} != found:
+        fail(f"{note}: these cars have seed {found.get('seed')}, version {found.get('version')}, "
+             f"not {seed}, {VERSION}; delete {folder} or choose another --root")
+    jobs = []
+    for split, number in wanted.items():
+        cars = folder / f"cars_{split}"
+        cars.mkdir(exist_ok=True)
+        jobs += [(cars, seed, split, i) for i in range(number)
+                 if not (cars / f"{split}_{i:05d}").exists()]
+    for _ in parallel(add_car, jobs, f"making cars in {folder}"):
+        pass
+
+
+# ---- the hidden door -----------------------------------------------------------------------------
+
 def door_pictures(folder, c2w):
     """What the camera c2w (4, 4) sees of the car in `folder` if its right door is amber, and if it
     is blue: two of (SIZE, SIZE, 4) uint8."""
@@ -345,3 +395,37 @@ def door_pictures(folder, c2w):
     design_ = SimpleNamespace(**{k: tuple(x) if type(x) is list else x for k, x in about.items()})
     for design_.doors["right"] in ("amber", "blue"):
         yield trace(assemble(design_), c2w, K, SIZE)
+
+
+def door_pair(views, o):
+    """The door that car o hides from its source view, painted both ways: index of a view that faces
+    that door; A, B (3, S, S) in [0, 1], the true picture of that view if the door were amber, and
+    if it were blue. The source view shows the left door."""
+    first = int(views.start[o])
+    c2w = views.c2w[first:views.start[o + 1]].cpu().double().numpy()                # (V, 4, 4)
+    v = int(c2w[:, 1, 3].argmin())                                      # farthest to the right
+    size = views.meta["size"]
+    how = Image.Resampling.BOX if SIZE % size == 0 else Image.Resampling.LANCZOS    # as data.resize
+    folder = Path(views.meta["root"], f"cars_{views.meta['split']}", views.names[o])
+    pair = [Image.fromarray(rgba[..., :3]).resize((size, size), how)
+            for rgba in door_pictures(folder, c2w[v])]
+    return first + v, *(torch.from_numpy(np.array(x)).movedim(-1, 0) / 255 for x in pair)
+
+
+def door_scores(x_hat, truth, amber, blue):
+    """Of renderings (n, 3, H, W) of a hidden door, its true picture (3, H, W), and what that would
+    be if the door were amber and if it were blue. The paint q is 1 for amber, 0 for blue, 1/2 for
+    mud.
+
+    both: is one sample amber (q > 3/4) and one blue (q < 1/4)? decided: the share of samples that
+    are one or the other. amber: the share with q > 1/2; over many cars the truth is 1/2. true: the
+    share that are decided for the true colour."""
+    d = amber - blue                                                          # (3, H, W)
+    d = d * (d.abs().sum(0) > 0.5)                                            # where they differ
+    x = torch.cat([truth[None], x_hat])                                       # (1 + n, 3, H, W)
+    q = ((x - blue) * d).flatten(1).sum(1) / d.square().sum()                 # (1 + n,)
+    is_amber, q = q[0] > 0.5, q[1:]                                           # () (n,)
+    decided = (q - 0.5).abs() > 0.25                                          # (n,)
+    share = lambda which: which.float().mean().item()
+    return dict(both=float(q.max() > 0.75 and q.min() < 0.25), decided=share(decided),
+                amber=share(q > 0.5), true=share(decided & ((q > 0.5) == is_amber)))

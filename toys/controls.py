@@ -72,9 +72,10 @@ def main():
     teacher, _ = load_network(out / "teacher.pt", Teacher, cfg.device)
     rows = {"teacher, optimised on 1": by_optimised_teacher(teacher, views, cfg)}
     if teacher.encoder:
-        rows |= {"teacher, codes of others": by_codes(teacher, views, cfg),
-                 "teacher, told 1 view": sample.by_told_teacher(teacher, views, cfg,
-                                                                sample.opposite_views)}
+        rows["teacher, told 1 view"] = sample.by_told_teacher(teacher, views, cfg,
+                                                              sample.opposite_views)
+    if teacher.encoder and len(views) > 1:
+        rows["teacher, codes of others"] = by_codes(teacher, views, cfg)
     scores = {name: sample.average_scores(sample.evaluate(
         predict, views, cfg, cfg.eval_views, range(len(views)), name))
         for name, predict in rows.items()}
