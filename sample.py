@@ -723,7 +723,8 @@ def main():
              ".webp can be wide"),
             (a.steps is not None and not 0 < a.steps < T, f"--steps: give 1 to {T - 1}"),
             (len(a.view) != len(a.pose), "give a --pose for each --view"),
-            (len(a.image) > 1 and (a.out or a.view), "--out and --view go with a single picture"),
+            (len(a.image) > 1 and (a.out or a.view) or a.view and a.image[0].is_dir(),
+             "--out goes with a single input, --view with a single picture"),
             (len({path.resolve().stem for path in a.image}) < len(a.image),
              "two pictures of one name would share a folder; take one after the other")]:
         if wrong:
@@ -745,6 +746,8 @@ def main():
             write_atomically(out / name, lambda file: file.write(content))
             names.append(name)
         try:
+            if not str(path).isprintable():
+                fail(f"{str(path)!r}: cannot be printed; rename it")
             from_picture(path, networks, a, write)
             print(f"{path} -> {out}/: {' '.join(names)}", flush=True)
         except SystemExit as stop:                        # bad input: the others are still made
@@ -754,4 +757,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as e:
+        fail(e)

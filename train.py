@@ -619,3 +619,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         fail("stopped; the same command goes on from the last save")
+    except OSError as e:
+        fail(e)

@@ -382,8 +382,8 @@ def generate(folder, wanted, seed, parallel):
         cars.mkdir(exist_ok=True)
         jobs += [(cars, seed, split, i) for i in range(number)
                  if not (cars / f"{split}_{i:05d}").exists()]
-    for _ in parallel(add_car, jobs, f"making cars in {folder}"):
-        pass
+    if jobs:
+        list(parallel(add_car, jobs, f"making cars in {folder}"))
 
 
 # ---- the hidden door -----------------------------------------------------------------------------
