@@ -418,9 +418,10 @@ def average(tensors):
 def join_processes(device):
     """Meet the other processes that torchrun has started."""
     if WORLD > 1:
-        if device.startswith("cuda"):
+        cuda = device.startswith("cuda")
+        if cuda:
             torch.cuda.set_device(device)
-        dist.init_process_group(timeout=timedelta(hours=2))
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
 
 
 def barrier():
