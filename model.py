@@ -370,6 +370,8 @@ def write_atomically(path, write):
             os.fsync(f.fileno())
         part.replace(path)
     except (OSError, RuntimeError) as e:   # of a full disk torch.save makes a RuntimeError
+        if part.exists():
+            part.unlink()
         fail(f"cannot write {path}: {e}; what was there before is untouched")
 
 
