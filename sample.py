@@ -447,7 +447,7 @@ def evaluate_few(network, views, cfg):
     """Scores on a few test objects in 5 views of each, for a curve."""
     few, n = (32, 16) if cfg.device.startswith("cuda") else (6, 4)            # objects, samples
     predict = (by_teacher(network) if isinstance(network, Teacher)
-               else by_student(network, views, replace(cfg, graph=False), n))
+               else by_student(network, views, cfg, n))
     return average_scores(evaluate(predict, views, cfg, 5, range(min(few, len(views)))))
 
 
