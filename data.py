@@ -109,16 +109,15 @@ def prepare(dataset, root="data", size=128, n_train=200, n_test=24, seed=0, quie
     folder. If there are no cars, n_train + n_test procedural ones are made from the seed."""
     if min(size, n_train, n_test) < 1:
         fail(f"size {size}, {n_train} and {n_test} cars: each must be 1 or more")
-    own = Path(root) / dataset
-    folders, procedural = find(root, dataset)
+    own = Path(root, dataset)
+    folders = find(root, dataset)
     limits = {}
-    if procedural or (dataset == "cars" and not folders and not any(own.glob("*/"))):
+    if dataset == "cars" and all(map(is_procedural, folders.values())):
         said = (f"procedural cars in {own} (seed {seed}), not ShapeNet\n"
                 f"      for the real ones {SOURCES} and unpack srn_cars.zip in {root}/")
         limits = dict(train=n_train, test=n_test)
     elif folders:
-        where = folders[min(folders)].parent if dataset in DATASETS else Path(dataset).resolve()
-        said = f"{Path(dataset).name} in {where}"
+        said = f"{Path(dataset).name} in {min(folders.values()).absolute().parent}"
         if (own / "procedural.json").exists():
             said += "; the procedural ones beside it are not used"
     else:
@@ -126,48 +125,39 @@ def prepare(dataset, root="data", size=128, n_train=200, n_test=24, seed=0, quie
     if not quiet:
         print(f"data: {said}", flush=True)
     if limits:
-        with disk(own):
-            cars.generate(own, limits, seed, partial(parallel, quiet=quiet))
-        folders, _ = find(root, dataset)
+        cars.generate(own, limits, seed, partial(parallel, quiet=quiet))
+        folders = find(root, dataset)
     return {split: load(root, dataset, split, size, limits.get(split), quiet) for split in folders
             if split in splits}
 
 
 def load(root, dataset, split, size, limit=None, quiet=False):
-    """One split's Views, its first `limit` objects; packs the split first if it is new."""
-    folders, procedural = find(root, dataset)
+    """One split's Views, its first `limit` objects; packs the split first if it is new. The packs
+    in <root>/.cache may be deleted at any time."""
+    folders = find(root, dataset)
     if split not in folders:
         missing(root, dataset)
     folder = folders[split]
+    objects = list_objects(folder, split, shared=[*folders.values()].count(folder) > 1)
     about = DATASETS.get(dataset, OWN)
-    name = dataset
-    if about is OWN:                                             # two folders may have one name
-        folder = folder.resolve()
-        name = f"{folder.name}_{zlib.crc32(str(folder).encode()):08x}"
-    shared = [*folders.values()].count(folders[split]) > 1
-    objects, left_out = list_objects(folder, split, shared)
-    name = f"{name}_{split}_{size}_"
-    stem = Path(root, ".cache", name + stamp(objects))
-    found = open_pack(stem, size)
-    if not found:
-        for old in stem.parent.glob("*"):                        # packed before a file changed
-            if old.name.startswith(name) and not old.name.startswith(stem.name):
-                old.unlink(missing_ok=True)
+    stem = Path(root, ".cache", f"{Path(dataset).name}_{split}_{size}_{stamp(objects)}")
+    if not Path(f"{stem}.npz").exists():
         pack(stem, [(item, split, size, about) for item in objects], f"packing {folder}", quiet)
-        found = open_pack(stem, size)
-    images, side = found
-    left_out += len(objects) - len(side["names"])
+    with reading(stem, "a whole pack, delete it"), np.load(f"{stem}.npz") as file:
+        side = dict(file)
+        start = side["start"][:limit + 1 if limit else None]                 # (O+1,)
+        M = start[-1]
+        # "c", copy on write: torch wants writable memory, and the file must never change
+        images = np.memmap(f"{stem}.u8", np.uint8, "c", shape=(M, 3, size, size))
+    left_out = len(objects) - len(side["names"])
     if left_out and not quiet:
-        print(f"data: {left_out} objects in {folder} are left out: named in its skip.txt, or "
-              "cameras that are not finite")
-    start = side["start"][:limit + 1 if limit else None]                     # (O+1,)
-    M = start[-1]
+        print(f"data: {left_out} objects in {folder} are left out, their cameras are not finite")
     O = len(start) - 1
-    tensors = map(torch.from_numpy, (images[:M], side["c2w"][:M], side["K"][:M], start))
+    tensors = map(torch.from_numpy, (images, side["c2w"][:M], side["K"][:M], start))
     return Views(*tensors, side["names"][:O].tolist(), dict(
-        dataset=dataset, split=split, size=size, **about, procedural=procedural,
-        fingerprint=hashlib.sha256(side["checks"][:O].tobytes()).hexdigest()[:12],
-        root=str(folder.parent)))
+        dataset=dataset, split=split, size=size, **about, root=str(folder.parent),
+        procedural=dataset in DATASETS and is_procedural(folder),
+        fingerprint=hashlib.sha256(side["checks"][:O].tobytes()).hexdigest()[:12]))
 
 
 def read_object(folder, split, size, about):
@@ -183,15 +173,13 @@ def read_object(folder, split, size, about):
 
 def centred(c2w, K, folder, size):
     """Your own pictures do not say where the object is, nor how large. Take its middle to be where
-    the optical axes meet, and EXTENT to be what a picture shows there.
-    c2w (V, 4, 4), K (V, 4) in pixels of size -> c2w (V, 4, 4), K (V, 5): the middle's depth is last.
-    """
+    the optical axes meet, and EXTENT to be what a picture shows there. c2w (V, 4, 4), K (V, 4) in
+    pixels -> c2w (V, 4, 4), K (V, 5): the depth of the middle is last."""
     axis = c2w[:, :3, 2]                                                     # (V, 3)
     eye = c2w[:, :3, 3]                                                      # (V, 3)
     across = np.eye(3) - axis[:, :, None] * axis[:, None]                    # (V, 3, 3)
     if np.linalg.eigvalsh(across.mean(0))[0] < 1e-3:
-        fail(f"{folder}: its cameras all look the same way; pictures of an object from several "
-             "sides are needed")
+        fail(f"{folder}: its cameras all look the same way; pictures from several sides are needed")
     middle = np.linalg.solve(across.sum(0), (across @ eye[:, :, None]).sum(0))[:, 0]    # (3,)
     depth = ((middle - eye) * axis).sum(1)                                   # (V,)
     if depth.min() <= 0:
@@ -217,24 +205,22 @@ def read_srn(folder, split, background):
     f, cx, cy, *_, h, w = values if len(values) > 5 else [0] * 5
     if min(f, h, w) <= 0 or not (0 <= cx <= w and 0 <= cy <= h):
         fail(f"{path}: not {what}")
-    names = sorted(p.stem for p in folder.glob("rgb/*.png"))
-    poses = sorted(p.stem for p in folder.glob("pose/*.txt"))
-    if names != poses or not names:
-        odd = min({*names} ^ {*poses}, default="*")
-        fail(f"{folder}: needs both rgb/{odd}.png and pose/{odd}.txt; unpack the object again or "
-             "remove it")
-    poses = [folder / "pose" / f"{name}.txt" for name in names]
+    files = sorted(folder.glob("rgb/*.png"))
+    poses = sorted(folder.glob("pose/*.txt"))
+    odd = {p.stem for p in files} ^ {p.stem for p in poses}
+    if odd or not poses:
+        odd = min(odd, default="*")
+        fail(f"{folder}: needs both rgb/{odd}.png and pose/{odd}.txt; unpack the object again")
     c2w = np.stack([rigid(numbers(p, "a pose"), p, "a pose") for p in poses])           # (V, 4, 4)
-    K = np.tile([f / w, f / h, cx / w, cy / h], (len(names), 1))                        # (V, 4)
+    K = np.tile([f / w, f / h, cx / w, cy / h], (len(poses), 1))                        # (V, 4)
 
     def pictures():
         side = None
-        for name in names:
-            image = read_rgba(folder / "rgb" / f"{name}.png").convert("RGB")
+        for file in files:
+            image = read_rgba(file).convert("RGB")
             side = side or image.width
             if image.size != (side, side):
-                fail(f"{folder}/rgb/{name}.png: {image.width} x {image.height} pixels; all of an "
-                     f"object must be squares of one size, as its first is {side} wide")
+                fail(f"{file}: {image.size} pixels, not a square {side} wide as the object's first")
             yield np.asarray(image)                                          # (side, side, 3)
     return c2w, K, pictures()
 
@@ -247,11 +233,7 @@ def read_nerf(folder, split, background):
     with reading(path, "NeRF's transforms, a list `frames` with file_path and transform_matrix"):
         common = json.loads(path.read_text())
         frames = [{**common, **frame} for frame in common["frames"]]         # may override all
-        names = [frame["file_path"] for frame in frames]
-        files = [nerf_picture(path, name) for name in names]
-    if not frames:
-        fail(f"{path}: no frames in it; remove it, or write it again")
-    c2w, K = zip(*[nerf_camera(path, *job) for job in zip(frames, files)])
+        files, c2w, K = zip(*[nerf_frame(path, frame) for frame in frames])
 
     def pictures():
         for file in files:
@@ -264,64 +246,53 @@ def read_nerf(folder, split, background):
     return np.stack(c2w), np.stack(K), pictures()
 
 
-def nerf_picture(path, name):
-    """The picture that path, a transforms.json, calls `name`. It must lie in the same folder, which
-    `stamp` looks through for changes."""
-    if any(part[0] in "./" for part in Path(name).parts):
-        fail(f"{path}: {name} is not below its folder; copy the pictures there")
-    for end in ("", ".png", ".jpg", ".jpeg"):
-        if (path.parent / (name + end)).is_file():
-            return path.parent / (name + end)
-    fail(f"{path.parent / name}: not there, but {path} names it; copy it again, or remove its frame")
-
-
-def nerf_camera(path, frame, file):
-    """-> c2w (4, 4), K (4,). A frame of transforms.json has camera-to-world with OpenGL's axes (y
+def nerf_frame(path, frame):
+    """-> its picture's path, c2w (4, 4), K (4,). A frame has camera-to-world with OpenGL's axes (y
     up, z backward), and focal lengths as fl_x, fl_y in pixels or as the angle camera_angle_x."""
-    bent = [k for k in ("k1", "k2", "k3", "k4", "p1", "p2", "is_fisheye") if frame.get(k)]
-    if bent:
-        fail(f"{path}: its lens distorts ({bent[0]}), a pinhole camera is needed; undistort the "
-             "pictures (colmap image_undistorter), or set it to 0 to ignore it")
+    name = frame["file_path"]
+    if any(part[0] in "./" for part in Path(name).parts):      # `stamp` looks only below it
+        fail(f"{path}: {name} is not below this folder; copy the pictures there")
+    files = [path.parent / (name + end) for end in ("", ".png", ".jpg", ".jpeg")]
+    file = next(filter(Path.is_file, files), None)
+    if not file:
+        fail(f"{files[0]}: not there, but {path} names it; copy it again, or remove its frame")
+    if any(map(frame.get, ("k1", "k2", "k3", "k4", "p1", "p2", "is_fisheye"))):
+        fail(f"{path}: its lens distorts, a pinhole camera is needed; undistort the pictures "
+             "(colmap image_undistorter), or set k1 to p2 to 0 to ignore it")
     with reading(file, "a readable image"), Image.open(file) as image:
-        w, h = image.size
+        size = np.array(image.size)                                          # (2,) w h
         if image.getexif().get(0x0112, 1) != 1:
-            raise ValueError("its EXIF orientation turns it, and its camera may be of either; save "
-                             "it upright")
+            raise ValueError("EXIF turns it, its camera may be of either; save it upright")
     with reading(path, f"a camera of {file}: transform_matrix, and fl_x or camera_angle_x"):
-        wide = w / frame.get("w", w)                                         # of pictures resized
-        high = h / frame.get("h", h)
-        if "fl_x" in frame:
-            fx = frame["fl_x"] * wide
-            fy = frame.get("fl_y", frame["fl_x"]) * high
-        else:
-            fx = fy = w / 2 / math.tan(frame["camera_angle_x"] / 2)
-        cx = frame["cx"] * wide if "cx" in frame else w / 2
-        cy = frame["cy"] * high if "cy" in frame else h / 2
         matrix = np.array(frame["transform_matrix"], np.float64)             # (4, 4) or (3, 4)
         matrix = np.vstack([matrix, [0, 0, 0, 1]])[:4]                       # (4, 4)
-        side = max(w, h)
-        K = np.array([fx, fy, cx + (side - w) // 2, cy + (side - h) // 2]) / side       # (4,)
+        w = frame.get("w", size[0])                                          # as K counts: the
+        h = frame.get("h", size[1])                                          # file may be resized
+        fx = frame["fl_x"] if "fl_x" in frame else w / 2 / math.tan(frame["camera_angle_x"] / 2)
+        fy = frame.get("fl_y", fx)
+        K = np.array([[fx, fy], [frame.get("cx", w / 2), frame.get("cy", h / 2)]])      # (2, 2)
         if not (np.isfinite(K).all() and min(fx, fy) > 0):
             raise ValueError("a focal length that is not a positive number")
-    return rigid(matrix, f"{path}: {file}", "a pose") * [1, -1, -1, 1], K
+    K = K / [w, h] * size
+    K[1] += (size.max() - size) // 2                                         # of the padded square
+    return file, rigid(matrix, f"{path}: {file}", "a pose") * [1, -1, -1, 1], K.ravel() / size.max()
 
 
 def read_co3d(folder, split, background):
     """As Splatter Image preprocesses CO3D: pictures and masks (V, c, S, S) in [0, 1] or as uint8;
     PyTorch3D's cameras, x_cam = x R + T with x left and y up, focal 1 for half a picture.
     A sequence whose cameras are not finite is returned as it is."""
-    with reading(folder, "a sequence whose cameras can be read; it needs an entry in camera_Rs.npz "
-                         "and camera_Ts.npz beside it: preprocess again, or name it in skip.txt"):
+    with reading(folder, "a sequence with cameras; it needs an entry in camera_Rs.npz and "
+                         "camera_Ts.npz beside it: preprocess again, or name it in skip.txt"):
         R, T = (np.load(folder.parent / f"camera_{x}.npz")[folder.name] for x in ("Rs", "Ts"))
-        R = R.reshape(-1, 3, 3)                                              # (V, 3, 3)
-        V = len(R)
-        T = T.reshape(V, 3)                                                  # (V, 3)
-        f = np.load(folder / "focal_lengths.npy").reshape(V, -1)             # (V, 1 or 2)
-        f = np.broadcast_to(f, (V, 2))                                       # (V, 2)
+        V = len(T)
+        R = R.reshape(V, 3, 3)                                               # (V, 3, 3)
+        T = T.reshape(V, 3, 1)                                               # (V, 3, 1)
+        K = np.full((V, 5), .5)                                              # (V, 5)
+        K[:, :2] = np.load(folder / "focal_lengths.npy").reshape(V, -1) / 2
+        K[:, 4] = T[:, 2, 0]
     c2w = np.tile(np.eye(4), (V, 1, 1))                                      # (V, 4, 4)
-    c2w[:, :3, :3] = R * [-1, -1, 1]                           # to OpenCV's axes
-    c2w[:, :3, 3] = -(R @ T[:, :, None])[:, :, 0]
-    K = np.concatenate([f / 2, np.full_like(f, .5), T[:, 2:]], 1)            # (V, 5)
+    c2w[:, :3] = np.concatenate([R * [-1, -1, 1], -R @ T], 2)                # to OpenCV's axes
     if np.isfinite(c2w).all():
         for m in c2w:
             rigid(m, folder.parent / "camera_Rs.npz", f"a pose of {folder.name}")
@@ -331,8 +302,8 @@ def read_co3d(folder, split, background):
 
     def pictures():
         for x, m in zip(rgb, mask):
-            x = x.astype(np.float32) / (255 if rgb.dtype == np.uint8 else 1)            # (3, S, S)
-            m = m.astype(np.float32) / (255 if mask.dtype == np.uint8 else 1)           # (c, S, S)
+            if m.shape[1:] != x.shape[1:]:
+                fail(f"{folder}/images_fg.npy: not of the size of images_full.npy's pictures")
             # three channels: the picture, masked already
             x = m if len(m) == 3 else m * x + (1 - m) * behind               # (3, S, S)
             yield (255 * x.clip(0, 1) + .5).astype(np.uint8).transpose(1, 2, 0)
@@ -340,12 +311,12 @@ def read_co3d(folder, split, background):
 
 
 def co3d_array(path, V, channels):
+    """-> an iterator of V pictures (c, S, S) float32 in [0, 1]."""
     with reading(path, f"an array ({V}, {channels[0]}, S, S); preprocess the sequence again"):
         x = np.load(path, mmap_mode="r")                                     # (V, c, S, S)
-        V_, c, h, w = x.shape
-        if V_ != V or c not in channels or h != w:
+        if x.ndim != 4 or len(x) != V or x.shape[1] not in channels or x.shape[2] != x.shape[3]:
             raise ValueError(f"of shape {x.shape}")
-        return x
+    return (np.float32(y) / (255 if x.dtype == np.uint8 else 1) for y in x)
 
 
 READERS = {   # by the file that only objects of this layout have
@@ -374,12 +345,13 @@ def numbers(path, what):
 
 def rigid(m, path, what):
     """m (16,) or (4, 4), if it is a rigid motion -> (4, 4)."""
-    m = np.reshape(m, (4, 4)) if np.size(m) == 16 else np.zeros((4, 4))
-    R = m[:3, :3]
-    turns = abs(R @ R.T - np.eye(3)).max() < 1e-3 and np.linalg.det(R) > 0
-    if not turns or not np.isfinite(m).all() or any(m[3] != [0, 0, 0, 1]):
-        fail(f"{path}: not {what}: a rigid 4 x 4 camera-to-world of 16 numbers, the last row 0 0 0 1")
-    return m
+    with reading(path, f"{what}: a rigid 4 x 4 camera-to-world of 16 numbers, last row 0 0 0 1"):
+        m = np.reshape(m, (4, 4))
+        R = m[:3, :3]
+        turns = np.allclose(R @ R.T, np.eye(3), atol=1e-3) and np.linalg.det(R) > 0
+        if not (turns and np.isfinite(m).all() and (m[3] == [0, 0, 0, 1]).all()):
+            raise ValueError("is not rigid")
+        return m
 
 
 def read_rgba(path):
@@ -407,39 +379,33 @@ def resize(pixels, size):
 # ---- find a dataset's folders and objects --------------------------------------------------------
 
 def find(root, dataset):
-    """-> {split: its folder}, is it procedural. The real set comes before the procedural one.
-    A folder of your own that is not split stands for both of its splits."""
+    """-> {split: its folder}. The real set comes before the procedural one. A folder of your own
+    that is not split stands for both of its splits."""
     root = Path(root)
     own = root / dataset
+    real = root / f"srn_{dataset}"
+    bases = [real / real.name, real, root, own, own / dataset, own / real.name]
     if dataset not in DATASETS:
-        return find_own(Path(dataset)), False
+        own = Path(dataset)
+        folders = {} if any(layout(own, split) for split in SPLITS) else find_splits(own, "*")
+        whole = folders.get("train", own)
+        return {"train": whole, "test": whole, **folders} if whole.is_dir() else {}
     if DATASETS[dataset] is CO3D:
         bases = [root / f"co3d_{dataset[:-1]}_for_gs", own]
-    else:
-        real = root / f"srn_{dataset}"
-        bases = [real / real.name, real, root, own, own / dataset, own / real.name]
-    for base in sorted(bases, key=lambda base: (base / "procedural.json").exists()):
-        folders = {}
-        for split in SPLITS:
-            a = f"{dataset}_{split}"
-            b = f"{dataset}_2.0_{split}"
-            for folder in base / a / b, base / a, base / b, base / split:
-                if folder.is_dir() and folder != root / split:      # that may be anyone's
-                    folders.setdefault(split, folder)
-        if folders:
-            return folders, (base / "procedural.json").exists()
-    return {}, (own / "procedural.json").exists()            # begun, but not one car made yet
+    bases.sort(key=lambda base: (base / "procedural.json").exists())
+    found = [find_splits(base, dataset, bare=base != root) for base in bases]
+    return next(filter(None, found), {})
 
 
-def find_own(own):
-    folders = {}
-    if not any(layout(own, split) for split in SPLITS):             # itself an object
-        folders = {split: folder for split in SPLITS
-                   for folder in (*own.glob(f"*_{split}"), own / split) if folder.is_dir()}
-    if "train" in folders or own.is_dir():
-        whole = folders.get("train", own)
-        folders = {"train": whole, "test": whole, **folders}
-    return folders
+def find_splits(base, name, bare=True):
+    """-> {split: its folder}, as archives spell it; the last spelling wins. bare: also <split>."""
+    spellings = ["{1}"] * bare + ["{0}_2.0_{1}", "{0}_{1}", "{0}_{1}/{0}_2.0_{1}"]
+    return {split: folder for split in SPLITS for spelling in spellings
+            for folder in base.glob(spelling.format(name, split)) if folder.is_dir()}
+
+
+def is_procedural(folder):
+    return (folder.parent / "procedural.json").exists()
 
 
 def missing(root, dataset):
@@ -453,28 +419,25 @@ def missing(root, dataset):
              "camera_{Rs,Ts}.npz; get CO3D v2 (github.com/facebookresearch/co3d, CC BY-NC 4.0) and "
              "preprocess it as Splatter Image does (github.com/szymanowiczs/splatter-image)")
     fail(f"no {dataset} in {root}: expected {root}/srn_{dataset}/{dataset}_{{train,test}}/<object>/"
-         f"{{intrinsics.txt, rgb/*.png, pose/*.txt}}; {SOURCES}, under ShapeNet's terms (research "
-         f"only), and unpack srn_{dataset}.zip there")
+         f"{{intrinsics.txt, rgb/*.png, pose/*.txt}}; {SOURCES} and unpack srn_{dataset}.zip there")
 
 
 def list_objects(folder, split, shared):
-    """-> folders of a split's objects, and how many skip.txt leaves out. shared: the folder holds
-    both splits. Then every tenth object is for testing; a single one is for both."""
-    if layout(folder, split):
-        return [folder], 0
+    """The folders of a split's objects. shared: the folder holds both splits. Then every tenth
+    object is for testing; a single one is for both."""
+    if layout(folder, split):                                  # itself an object
+        return [folder]
     skip = folder / "skip.txt"
     skip = skip.read_text().split() if skip.exists() else []
-    found = sorted(item for item in folder.iterdir() if item.is_dir() and item.name[0] != ".")
-    kept = [item for item in found if item.name not in skip]
-    left_out = len(found) - len(kept)
+    found = sorted(item for item in folder.glob("[!.]*/") if item.name not in skip)
     if shared:
-        kept = [item for item in kept if layout(item, split)]       # other folders may lie there
-        test = kept[9::10] or kept[-1:]
-        if len(kept) > 1:
-            kept = [item for item in kept if (item in test) == (split == "test")]
-    if not kept:
+        found = [item for item in found if layout(item, split)]         # there may be others
+        test = found[9::10] or found[-1:]
+        if len(found) > 1:
+            found = [item for item in found if (item in test) == (split == "test")]
+    if not found:
         fail(f"{folder}: no objects in it; unpack the split again or remove the empty folder")
-    return kept, left_out
+    return found
 
 
 # ---- pack a split into two files -----------------------------------------------------------------
@@ -483,76 +446,61 @@ def pack(stem, jobs, title, quiet):
     """Write <stem>.u8, the pictures of all objects, and <stem>.npz, all else of `Views`."""
     rows = []
     with writing(f"{stem}.u8") as file:
-        for pixels, *row in parallel(read_packed, jobs, title, quiet):
-            file.write(pixels)
-            if len(row[1]):
-                rows.append(row)
+        for pictures, *row in filter(None, parallel(read_packed, jobs, title, quiet)):
+            file.write(pictures)
+            rows.append(row)
         if not rows:
             fail(f"{title}: no object has finite cameras")
     names, c2w, K, checks = zip(*rows)
-    start = np.cumsum([0, *map(len, c2w)])                                   # (O+1,)
     with writing(f"{stem}.npz") as file:
-        np.savez(file, c2w=np.concatenate(c2w), K=np.concatenate(K), start=start, names=names,
-                 checks=np.array(checks))
+        np.savez(file, c2w=np.concatenate(c2w), K=np.concatenate(K), names=names, checks=checks,
+                 start=np.cumsum([0, *map(len, c2w)]))                       # (O+1,)
 
 
 def read_packed(job):
-    """-> the bytes of an object's pictures, its name, c2w, K, and a checksum. No views if its
-    cameras are not finite."""
-    folder, split, size, about = job
+    """-> an object's pictures as bytes, its name, c2w, K and a checksum; None if its cameras are
+    not finite."""
+    folder, _, size, about = job
     pixels, c2w, K = read_object(*job)                                       # (V, size, size, 3)
-    if not (np.isfinite(c2w).all() and np.isfinite(K).all()):
-        return b"", folder.name, c2w[:0], K[:0], 0
-    raw = pixels.transpose(0, 3, 1, 2).tobytes()                             # V x 3 x size x size
-    check = zlib.crc32(raw, zlib.crc32(c2w.tobytes()))
-    if about is OWN and K.shape[1] == 4:
-        c2w, K = centred(c2w, K, folder, size)
-    return raw, folder.name, c2w.astype(np.float32), K.astype(np.float32), check
-
-
-def open_pack(stem, size):
-    """-> pictures (M, 3, size, size) and a dict of the rest; None if they are not there, whole."""
-    try:
-        with np.load(f"{stem}.npz") as file:
-            rest = dict(file)
-        # "c", copy on write: torch wants writable memory, and the file must never change
-        shape = (int(rest["start"][-1]), 3, size, size)
-        return np.memmap(f"{stem}.u8", np.uint8, "c", shape=shape), rest
-    except Exception:
-        return None
+    if np.isfinite(c2w).all() and np.isfinite(K).all():
+        pictures = pixels.transpose(0, 3, 1, 2).tobytes()                    # V x 3 x size x size
+        check = zlib.crc32(pictures, zlib.crc32(c2w.tobytes()))
+        if about is OWN and K.shape[1] == 4:
+            c2w, K = centred(c2w, K, folder, size)
+        return pictures, folder.name, np.float32(c2w), np.float32(K), check
 
 
 def stamp(objects):
     """A short hash of the names, sizes and times of all files that the objects are read from."""
-    def entries(folder):
-        return [(e.name, entries(e)) if e.is_dir() else (e.name, *changed(e.stat()))
-                for e in sorted(os.scandir(folder), key=lambda e: e.name) if e.name[0] != "."]
-
-    def changed(info):
-        return info.st_size, info.st_mtime_ns
     beside = sorted(objects[0].parent.glob("camera_?s.npz"))                 # of CO3D
-    state = [(item.name, entries(item)) for item in objects]
-    state += [(path.name, *changed(path.stat())) for path in beside]
-    return hashlib.sha256(repr((VERSION, state)).encode()).hexdigest()[:12]
+    found = [files_of(path.resolve()) for path in (*objects, *beside)]
+    return hashlib.sha256(repr((VERSION, found)).encode()).hexdigest()[:12]
+
+
+def files_of(path):
+    if os.path.isdir(path):
+        names = sorted(name for name in os.listdir(path) if name[0] != ".")
+        return [files_of(os.path.join(path, name)) for name in names]
+    info = os.stat(path)
+    return str(path), info.st_size, info.st_mtime_ns
 
 
 def parallel(function, jobs, title, quiet=False):
-    """Yield function(job) for each job in order, computed on all cores; errors of workers are
-    raised here."""
+    """Yield function(job) of each job in order, computed on all cores. Errors are raised here."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     bar = partial(tqdm, desc=title, total=len(jobs), disable=quiet, leave=False)
-    if min(cores, len(jobs) // 4) < 2:                     # too few to be worth the processes
+    if min(cores, len(jobs) // 4) < 2:                         # not worth the processes
         yield from bar(map(function, jobs))
         return
-    kinds = multiprocessing.get_all_start_methods()        # fork itself would copy torch's threads
+    kinds = multiprocessing.get_all_start_methods()            # fork would copy torch's threads
     context = multiprocessing.get_context("forkserver" if "forkserver" in kinds else "spawn")
     pool = ProcessPoolExecutor(min(cores, 32), context, signal.signal,
                                (signal.SIGINT, signal.SIG_IGN))
     try:
         yield from bar(pool.map(function, jobs))
     except BrokenProcessPool:
-        fail(f"{title}: a worker process died, of what is said above or of lack of memory; a script "
-             'that calls prepare must do so under `if __name__ == "__main__":`')
+        fail(f"{title}: a worker process died, see above, or out of memory; a script that calls "
+             'prepare must do so under `if __name__ == "__main__":`')
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -565,71 +513,50 @@ def reading(path, what):
     try:
         yield
     except Exception as e:                               # Pillow raises whatever its decoders do
-        fail(f"{path}: not {what} ({type(e).__name__}: {e})")
-
-
-@contextmanager
-def disk(path):
-    """A full disk and Ctrl-C inside end in one line."""
-    try:
-        yield
-    except OSError as e:
-        fail(f"cannot write {path}: {e.strerror or e}; free some disk space or choose another "
-             "--root (links to datasets will do there)")
-    except KeyboardInterrupt:
-        fail(f"interrupted, {path} is not complete; start again to go on")
+        fail(f"{path}: not {what} ({' '.join([type(e).__name__, *str(e).split()])})")
 
 
 @contextmanager
 def writing(path):
-    """A file to write into. It appears under its name when it is whole, or never; a second process
-    that writes the same has a file of its own."""
+    """A file to write into, which appears under its name when it is whole, or never. Each process
+    writes a file of its own."""
     path = Path(path)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with disk(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(part, "wb") as file:
-                yield file
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-
-
-def contact_sheet(splits, columns=10, rows=6):
-    """A few objects of each split, one a row, views evenly apart -> an image."""
-    lines = []
-    for views in splits.values():
-        for o in np.linspace(0, len(views) - 1, min(rows, len(views))).astype(int):
-            first, end = views.start[o:o + 2].tolist()
-            v = torch.linspace(first, end - 1, columns).long()
-            lines.append(torch.cat(list(views.images[v]), -1))               # (3, S, 10 S)
-    return Image.fromarray(torch.cat(lines, 1).permute(1, 2, 0).numpy())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(part, "wb") as file:
+            yield file
+        os.replace(part, path)
+    except OSError as e:
+        fail(f"cannot write {path}: {e.strerror or e}; free some disk space or choose another "
+             "--root (links to datasets will do there)")
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Prepare a dataset and print what it holds.")
+    parser = argparse.ArgumentParser(description="Prepare a dataset, print and draw what it holds.")
     parser.add_argument("dataset", help=f"{', '.join(DATASETS)}, or path/to/your/own")
-    parser.add_argument("--root", default="data", help="folder of datasets")
-    parser.add_argument("--size", default=128, type=int, help="pixels")
-    parser.add_argument("--instances_train", default=200, type=int, help="procedural cars to make")
-    parser.add_argument("--instances_test", default=24, type=int)
-    parser.add_argument("--seed", default=0, type=int, help="of the procedural cars")
-    a = parser.parse_args()
-    splits = prepare(a.dataset, a.root, a.size, a.instances_train, a.instances_test, a.seed)
-    for split, views in splits.items():
-        f, _, cx, cy, *_ = views.K[0].tolist()
-        print(f"{split:>6}: {len(views)} objects, {len(views.images)} views of {a.size} x {a.size},"
-              f" focal {f:.2f}, centre {cx:.2f} {cy:.2f} pixels, id {views.meta['fingerprint']}")
-    about = next(iter(splits.values())).meta
-    middle = " from the object's middle" if views.K.shape[1] > 4 else ""
-    print(f"depths {about['near']} to {about['far']}{middle}, background {about['background']}, "
-          + ("procedural" if about["procedural"] else "not procedural"))
-    path = Path("out") / Path(a.dataset).resolve().name / "data.png"
+    for flag, default in dict(root="data", size=128, n_train=200, n_test=24, seed=0).items():
+        parser.add_argument(f"--{flag}", default=default, type=type(default))
+    given = parser.parse_args()
+    rows = []
+    for split, views in prepare(**vars(given)).items():
+        print(f"{split:>6}: {len(views)} objects, {len(views.images)} views, fx fy cx cy "
+              f"{views.K[0].tolist()}, id {views.meta['fingerprint']}")
+        _, index = draw(views, 6, 10, torch.Generator().manual_seed(0))      # (6, 10)
+        rows.append(views.images[index].permute(0, 3, 1, 4, 2))              # (6, S, 10, S, 3)
+    path = Path("out", Path(given.dataset).resolve().name, "data.png")
     with writing(path) as file:
-        contact_sheet(splits).save(file, "png")
+        sheet = torch.cat(rows).flatten(2, 3).flatten(0, 1)                  # (n S, 10 S, 3)
+        Image.fromarray(sheet.numpy()).save(file, "png")
     print(path)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        fail("stopped; the same command goes on")
+    except OSError as e:
+        fail(e)
