@@ -649,7 +649,8 @@ def read_views(path, size, meta, a):
         pixels, c2w, K = data.read_object(path, split, size, meta)            # (V, size, size, 3)
         if K.shape[1] < len(meta["K"]):
             c2w, K = data.centred(c2w, K, path, size)
-        if K.shape[1] > len(meta["K"]) or not np.isfinite(c2w).all():
+        finite = np.isfinite(c2w).all() and np.isfinite(K).all()
+        if K.shape[1] > len(meta["K"]) or not finite:
             fail(f"{path}: its cameras are not such as these weights were trained with")
         views = (a.views or ("64" if len(c2w) > 64 else "0")).split(",")
         if not all(view.isdecimal() and int(view) < len(c2w) for view in views):
