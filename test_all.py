@@ -364,26 +364,6 @@ def test_at_full_size_float32_draws_what_float64_draws(painter, N, size):
     assert flips.sum().abs() <= 4 * len(flips) ** 0.5
 
 
-@needs_cuda
-def test_float64_on_a_gpu_is_drawn_by_the_reference():
-    """Against the reference, asked for by name."""
-    scene = [x.to("cuda") for x in awkward_scene(B=1, V=1)]
-    assert_same(render(*scene), render(*scene, backend="torch"), 0)
-
-
-@every_painter
-@pytest.mark.parametrize("centre, x, y", [(0., 7, 9), (.25, 18, 19)])   # the latter: cx, cy < 0
-def test_shifted_intrinsics_equal_a_crop(painter, centre, x, y):
-    """Against the window of the larger image, of splats that lie inside it."""
-    g, cam = benchmark_scene(1, 1, 60, 32)
-    cam.w2c[:], cam.K[:] = torch.eye(4), torch.tensor([40., 44, 16, 16])
-    g = g._replace(xyz=0.22 * g.xyz + 1.3 * torch.tensor([centre, centre, 1.]))
-    crop = Camera(cam.w2c, cam.K - torch.tensor([0., 0, x, y]), (13, 14))
-    whole = painter(g, cam, torch.ones(1, 3))[0]
-    assert_same(painter(g, crop, torch.ones(1, 3))[0], [a[..., y:y + 13, x:x + 14] for a in whole],
-                1e-5)
-
-
 @every_kernel
 @pytest.mark.parametrize("B, V", [(1, 1), (1, 3), (32, 4), (43, 3)])
 def test_a_batch_equals_one_call_per_image(painter, B, V):
@@ -513,33 +493,6 @@ def test_a_poisoned_gaussian_leaves_no_trace(painter, field, value):
         assert not any(a[:, 7].any() for a in d[:5])
 
 
-@float_kernels
-@pytest.mark.parametrize("seed", range(20))
-def test_what_shows_nothing_alone_leaves_no_trace(painter, seed):
-    """Against the scene without those: random numbers of any Gaussian are poison, also of many at
-    the front of the list. Every bit of the image; all gradients are finite, and theirs exactly 0.
-    """
-    rng = torch.Generator().manual_seed(seed)
-    values = torch.tensor([torch.nan, torch.inf, -torch.inf, 0, 1e10, -1e10, 1e4, 1e-30, -1])
-    fine, cam = benchmark_scene(1, 1, 100, (24, 40))
-    g = Gaussians(*[torch.where(torch.rand(x.shape, generator=rng) < 0.04,
-                                values[torch.randint(9, x.shape, generator=rng)], x) for x in fine])
-    touched = torch.stack([(a != b).view(100, -1).any(1) for a, b in zip(g, fine)]).any(0)   # (N,)
-    alone, _ = painter(Gaussians(*[x.transpose(0, 1) for x in g]), Camera(
-        cam.w2c.repeat(100, 1, 1, 1), cam.K.repeat(100, 1, 1), cam.hw), torch.ones(100, 3))
-    seen = alone[1].flatten(1).any(1)                                                        # (N,)
-    assert touched[seen].any() and not touched[seen].all() and not seen.all()
-    clean, d_clean = painter(pick(g, seen), cam, torch.ones(1, 3))
-    images, d = painter(g, cam, torch.ones(1, 3))
-    assert_same(images, clean, 0)
-    prefix = join(*[pick(g, ~seen)] * (seed + 1), g)
-    assert_same(painter(prefix, cam, torch.ones(1, 3))[0], clean, 0)
-    assert all(x.isfinite().all() for x in (*images, *d))
-    assert not any(x[:, ~seen].any() for x in d[:5])
-    assert_same([x[:, seen & ~touched] for x in d[:5]], [x[:, ~touched[seen]] for x in d_clean[:5]],
-                1e-4 * (painter is cuda))
-
-
 # ---- compiling -----------------------------------------------------------------------------------
 
 def run_python(code, cwd=HERE, **env):
@@ -584,16 +537,13 @@ def test_builds_survive_a_killed_one_and_each_other(tmp_path):
 @needs_kernel
 @pytest.mark.parametrize("device, missing, sentence", [
     ("cpu", "mock.patch.dict('os.environ', CXX='/nonexistent')", "no C++ compiler called /nonex"),
-    ("cpu", "mock.patch('shutil.which', lambda x: x != 'ninja')", "no ninja (pip install ninja)"),
-    ("cpu", "mock.patch('sysconfig.get_path', lambda *_, **__: '/nonexistent')",
-     "no Python.h (the system's package is called python3-dev)"),
     ("cpu", "mock.patch('rasterize.FLAGS', ['-include', 'no_such_header.h'])", "no_such_header.h"),
     ("cuda", "mock.patch.multiple('torch.cuda', is_available=lambda: True, "
      "get_device_capability=lambda: (9, 0)), "
      "mock.patch('torch.utils.cpp_extension.CUDA_HOME', None)",
      "no CUDA compiler nvcc (CUDA_HOME can name"),
     ("mps", "mock.patch('shutil.which')", "csrc/ has no kernel for mps"),
-], ids=["compiler", "ninja", "Python.h", "what the compiler says", "nvcc", "another device"])
+], ids=["compiler", "what the compiler says", "nvcc", "another device"])
 def test_what_is_missing_to_compile_is_named(device, missing, sentence, tmp_path):
     """Against the one sentence, in the error of a backend that was asked for by name; "auto" prints
     one line, once, and draws with the reference."""
@@ -606,21 +556,15 @@ with {missing}:
     assert said.count("drawing with the PyTorch reference, which is slow, because ") == 1, said
 
 
-def test_an_unknown_or_unsuitable_backend_is_refused():
-    """Against its own sentence."""
-    g, cam = benchmark_scene(1, 1, 4, 8)
-    for backend in ("fast", "cuda"):
-        with pytest.raises(ValueError, match=f"'{backend}': Gaussians on cpu need auto, cpu or"):
-            render(g, cam, (1., 1., 1.), backend=backend)
-
-
 @pytest.mark.parametrize("field, shape", [("xyz", (1, 4, 4)), ("scale", (1, 3, 3)),
                                           ("quat", (1, 4, 3)), ("opacity", (1, 4, 1)),
                                           ("sh", (1, 4, 2, 3)), ("K", (1, 2, 4)),
                                           ("w2c", (2, 1, 4, 4))])
 def test_shapes_that_do_not_fit_are_refused_by_name(field, shape):
-    """Against the sentence, before any kernel reads beyond a tensor's end."""
+    """Against the sentence, before any kernel reads beyond a tensor's end; so is a backend."""
     g, cam = benchmark_scene(1, 1, 4, 8)
+    with pytest.raises(ValueError, match="'fast': Gaussians on cpu need auto, cpu or"):
+        render(g, cam, (1., 1., 1.), backend="fast")
     if field in g._fields:
         g = g._replace(**{field: torch.ones(shape)})
     else:
@@ -718,35 +662,6 @@ def project(w2c, K, xyz):
     return p[..., :2] / p[..., 2:] * K[:, None, :2] + K[:, None, 2:4]
 
 
-def hull_agreement(views, o, masks, grid=96):
-    """Carve a voxel grid by all silhouettes (V, S, S), project what is left: IoU of each view."""
-    a, b = views.start[o], views.start[o + 1]
-    c2w, K, S = views.c2w[a:b].double(), views.K[a:b].double(), masks.shape[-1]
-    axis = (torch.arange(grid, dtype=torch.float64) + .5) / grid - .5
-    xyz = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), -1).view(-1, 3)
-    for v in range(len(masks)):
-        uv = project(c2w[v:v + 1].inverse(), K[v:v + 1], xyz)[0].floor().long()
-        inside = ((uv >= 0) & (uv < S)).all(-1)
-        uv = uv.clamp(0, S - 1)
-        xyz = xyz[inside & masks[v, uv[:, 1], uv[:, 0]]]
-    ious = []
-    for v in range(len(masks)):
-        cell = xyz[:, None] + (torch.tensor([[x, y, z] for x in (-1, 1) for y in (-1, 1)
-                                             for z in (-1, 1)]) / (4 * grid)).double()
-        uv = project(c2w[v:v + 1].inverse(), K[v:v + 1], cell.view(-1, 3))[0].floor().long()
-        drawn = torch.zeros(S, S, dtype=torch.bool)
-        drawn[uv[:, 1].clamp(0, S - 1), uv[:, 0].clamp(0, S - 1)] = True
-        ious.append(((drawn & masks[v]).sum() / (drawn | masks[v]).sum()).item())
-    return np.array(ious)
-
-
-def silhouettes(views, o):
-    """(V, S, S) bool from the alpha of an object's PNGs."""
-    folder = next(Path(views.meta["root"]).glob(f"*/{views.names[o]}"))
-    files = sorted((folder / "rgb").iterdir())
-    return torch.stack([torch.from_numpy(np.array(Image.open(f))[..., 3] > 127) for f in files])
-
-
 def test_cars_are_written_and_read_back(cars):
     """Against what was written: counts, names, white corners, intrinsics, both doors' colours."""
     splits = data.prepare("cars", cars, 32, n_train=2, n_test=1, quiet=True)
@@ -788,16 +703,6 @@ def centroid(cover):
     """(S, S) weights -> (2,) their mean place, u and v in pixels."""
     pixel = np.arange(len(cover)) + .5
     return np.array([(cover.sum(0) * pixel).sum(), (cover.sum(1) * pixel).sum()]) / cover.sum()
-
-
-def test_a_known_point_lands_on_its_pixel():
-    """Against the pinhole formula: tiny boxes far apart, ray cast, centred on their projections."""
-    K, c2w = (131.25, 131.25, 64, 64), toys.cars.look_at_origin(np.array([.48, .6, .64]))
-    for xyz in np.array([[.3, .1, 0], [-.3, .2, .1], [0, -.25, .2]]):
-        got = centroid(picture_of_a_box(xyz, c2w, K, 128)[..., 3].astype(float))
-        want = project(torch.from_numpy(c2w).inverse()[None], torch.tensor([K]).double(),
-                       torch.from_numpy(xyz)[None])[0, 0]
-        np.testing.assert_allclose(got, want, atol=.15)
 
 
 SIDES = np.array([[.6, 0, .8], [-.6, .64, .48], [0, -.8, .6], [.48, .6, .64], [-.8, -.36, .48]])
@@ -926,25 +831,6 @@ def test_sequences_without_finite_cameras_are_left_out(tmp_path, capsys):
     assert set(data.load(tmp_path, "hydrants", "train", 16).images.flatten().tolist()) == {51}
 
 
-def test_silhouettes_of_a_procedural_car_agree_with_one_visual_hull(cars):
-    """Against geometry: poses, intrinsics and pictures of one object fit together."""
-    views = data.load(cars, "cars", "train", 128)
-    assert hull_agreement(views, 0, silhouettes(views, 0)).mean() >= .95
-
-
-@pytest.mark.parametrize("name, dataset", [("srn_like_mesh_cars", "cars"),
-                                           ("srn_like_mesh_chairs", "chairs")])
-def test_silhouettes_of_the_shared_meshes_agree_with_one_visual_hull(name, dataset, tmp_path):
-    """Against geometry, on files that this code did not write."""
-    if not (SHARED / name).is_dir():
-        pytest.skip(f"no {SHARED / name}")
-    (tmp_path / f"srn_{dataset}").symlink_to(SHARED / name)
-    views = data.load(tmp_path, dataset, "train", 128, quiet=True)
-    assert not views.meta["procedural"]
-    for o in range(0, len(views), 2):
-        assert hull_agreement(views, o, silhouettes(views, o)).mean() >= .9, views.names[o]
-
-
 def test_the_unseen_door_is_independent_of_the_seen_one():
     """Against a count over many designs: all four pairs, none rare."""
     doors = [tuple(toys.cars.design(np.random.default_rng([0, 0, i])).doors.values())
@@ -973,14 +859,6 @@ def test_the_hidden_door_is_painted_both_ways(cars):
         seen = picture[:, door].mean(1)
         paint = torch.tensor(toys.cars.DOORS[name])
         assert torch.cosine_similarity(seen, paint, dim=0) > 0.95, name
-
-
-def test_a_set_begun_without_a_single_car_is_completed(tmp_path):
-    """Against an interrupted start: procedural.json alone."""
-    (tmp_path / "cars").mkdir()
-    note = {"generator": "data.py", "version": data.VERSION, "seed": 0, "train": 9, "test": 9}
-    (tmp_path / "cars/procedural.json").write_text(json.dumps(note))
-    assert len(data.prepare("cars", tmp_path, 32, n_train=1, n_test=1, quiet=True)["train"]) == 1
 
 
 def test_one_seed_gives_the_same_bytes_and_more_cars_only_add(cars, tmp_path):
@@ -1082,49 +960,6 @@ def test_batches_are_distinct_views_of_one_object_and_repeatable(cars):
     assert (index[objects == 0].sort(1).values == torch.tensor([0, 0, 0, 1, 1])).any()
 
 
-def bad(what):
-    """What a user may have -> (how to spoil a good object's folder, what the message must name)."""
-    write = lambda name, text: lambda o: (o / name).write_text(text)
-    return {
-        "no intrinsics": (lambda o: (o / "intrinsics.txt").unlink(), "intrinsics.txt"),
-        "garbled intrinsics": (write("intrinsics.txt", "a b c\n"), "intrinsics.txt"),
-        "empty intrinsics": (write("intrinsics.txt", ""), "intrinsics.txt"),
-        "negative focal": (write("intrinsics.txt", "-1 64 64 0.\n128 128\n"), "intrinsics.txt"),
-        "no pictures": (lambda o: shutil.rmtree(o / "rgb"), "rgb"),
-        "no poses": (lambda o: shutil.rmtree(o / "pose"), "pose"),
-        "a pose too few": (lambda o: (o / "pose/000003.txt").unlink(), "000003"),
-        "15 numbers": (write("pose/000003.txt", "1 " * 15), "000003.txt"),
-        "17 numbers": (write("pose/000003.txt", "1 " * 17), "000003.txt"),
-        "a pose of nan": (write("pose/000003.txt", "nan " * 16), "000003.txt"),
-        "not rigid": (write("pose/000003.txt", "2 0 0 0 0 1 0 0 0 0 1 1 0 0 0 1"), "000003.txt"),
-        "mirrored": (write("pose/000003.txt", "-1 0 0 0 0 1 0 0 0 0 1 1 0 0 0 1"), "000003.txt"),
-        "cut short": (lambda o: (o / "rgb/000003.png").write_bytes(
-            (o / "rgb/000003.png").read_bytes()[:999]), "000003.png"),
-        "no bytes": (lambda o: (o / "rgb/000003.png").write_bytes(b""), "000003.png"),
-        "not square": (lambda o: Image.new("RGB", (128, 96)).save(o / "rgb/000003.png"),
-                       "000003.png"),
-        "another size": (lambda o: Image.new("RGB", (64, 64)).save(o / "rgb/000003.png"),
-                         "000003.png"),
-    }[what]
-
-
-@pytest.mark.parametrize("what", [
-    "no intrinsics", "garbled intrinsics", "empty intrinsics", "negative focal", "no pictures",
-    "no poses", "a pose too few", "15 numbers", "17 numbers", "a pose of nan", "not rigid",
-    "mirrored", "cut short", "no bytes", "not square", "another size"])
-def test_bad_files_are_named_in_one_line(what, cars, tmp_path):
-    """Against each way of spoiling an object; nothing packed is left behind."""
-    spoil, name = bad(what)
-    car = tmp_path / "srn_cars/cars_train/a"
-    shutil.copytree(cars / "cars/cars_train/train_00000", car)
-    spoil(car)
-    with pytest.raises(SystemExit) as e:
-        data.load(tmp_path, "cars", "train", 32, quiet=True)
-    message = e.value.code
-    assert message.startswith("error: ") and "\n" not in message and name in message
-    assert not list(tmp_path.glob(".cache/*.u8"))
-
-
 def test_missing_things_are_explained_in_one_line(cars, tmp_path):
     """Against: an unknown name, no folder, no objects, another seed, a root that is a file."""
     def message(*args, **kwargs):
@@ -1141,41 +976,56 @@ def test_missing_things_are_explained_in_one_line(cars, tmp_path):
     assert "file" in message("cars", tmp_path / "file", n_train=1, n_test=1)
 
 
-@pytest.mark.parametrize("write, dataset, spoil, said", [
-    (write_nerf, "own", lambda o: (o / "transforms.json").write_text("{"), "not NeRF's transforms"),
-    (write_nerf, "own", lambda o: (o / "r_3.png").unlink(), "r_3: not there"),
-    (write_nerf, "own", lambda o: (o / "r_3.png").write_bytes(b"no"), "r_3.png"),
-    (write_nerf, "own", lambda o: replace_in(o / "transforms.json", '"k1": 0.0', '"k1": 0.1'),
-     "distorts"),
-    (write_nerf, "own", lambda o: replace_in(o / "transforms.json", "camera_angle_x", "angle"),
-     "fl_x or camera_angle_x"),
-    (write_nerf, "own", lambda o: replace_in(o / "transforms.json", "[[0.0, -0.8", "[[9.0, -0.8"),
-     "r_0.png: not a pose"),
-    (write_co3d, "hydrants", lambda o: (o / "images_fg.npy").unlink(), "images_fg.npy: not an array"),
-    (write_co3d, "hydrants", lambda o: (o / "images_full.npy").write_bytes(b"no"), "images_full"),
-    (write_co3d, "hydrants", lambda o: np.save(o / "images_full.npy", np.zeros((4, 3, 8, 8))),
-     "of shape"),
-    (write_co3d, "hydrants", lambda o: np.savez(o.parent / "camera_Rs.npz", b=np.eye(3)),
-     "preprocess again"),
-    (write_co3d, "hydrants", lambda o: np.savez(o.parent / "camera_Rs.npz", a=np.ones((5, 3, 3))),
-     "not a pose")])
-def test_bad_files_of_other_layouts_are_named_in_one_line(write, dataset, spoil, said, tmp_path):
-    """Against each way of spoiling an object; nothing packed is left behind."""
-    folder = tmp_path / {"own": "own/a", "hydrants": "co3d_hydrant_for_gs/train/a"}[dataset]
+def spoilt(name, content):
+    """-> what gives an object's file other content: bytes, text, an array, a pair of text that is
+    replaced, or none at all."""
+    def spoil(folder):
+        path = folder / name
+        if content is None:
+            path.unlink()
+        elif isinstance(content, bytes):
+            path.write_bytes(content)
+        elif isinstance(content, np.ndarray):
+            np.save(path, content)
+        elif isinstance(content, tuple):
+            assert content[0] in path.read_text()
+            path.write_text(path.read_text().replace(*content))
+        else:
+            path.write_text(content)
+    return spoil
+
+
+@pytest.mark.parametrize("write, spoil, said", [
+    (write_srn, spoilt("intrinsics.txt", None), "intrinsics.txt"),
+    (write_srn, spoilt("intrinsics.txt", "a b c\n"), "intrinsics.txt"),
+    (write_srn, spoilt("intrinsics.txt", "-1 64 64 0.\n128 128\n"), "intrinsics.txt"),
+    (write_srn, lambda o: shutil.rmtree(o / "rgb"), "rgb"),
+    (write_srn, spoilt("pose/000003.txt", None), "000003"),
+    (write_srn, spoilt("pose/000003.txt", "1 " * 15), "000003.txt"),
+    (write_srn, spoilt("pose/000003.txt", "nan " * 16), "000003.txt"),
+    (write_srn, spoilt("pose/000003.txt", "-1 0 0 0 0 1 0 0 0 0 1 1 0 0 0 1"), "000003.txt"),
+    (write_srn, spoilt("rgb/000003.png", b""), "000003.png"),
+    (write_srn, lambda o: Image.new("RGB", (32, 24)).save(o / "rgb/000003.png"), "000003.png"),
+    (write_nerf, spoilt("transforms.json", "{"), "not NeRF's transforms"),
+    (write_nerf, spoilt("r_3.png", None), "r_3: not there"),
+    (write_nerf, spoilt("transforms.json", ('"k1": 0.0', '"k1": 0.1')), "distorts"),
+    (write_nerf, spoilt("transforms.json", ("camera_angle_x", "angle")), "fl_x or camera_angle_x"),
+    (write_nerf, spoilt("transforms.json", ("[[0.0, -0.8", "[[9.0, -0.8")), "r_0.png: not a pose"),
+    (write_co3d, spoilt("images_fg.npy", None), "images_fg.npy: not an array"),
+    (write_co3d, spoilt("images_full.npy", np.zeros((4, 3, 8, 8))), "of shape"),
+    (write_co3d, lambda o: np.savez(o.parent / "camera_Rs.npz", b=np.eye(3)), "preprocess again")])
+def test_bad_files_are_named_in_one_line(write, spoil, said, tmp_path):
+    """Against each way of spoiling an object in each layout; nothing packed is left behind."""
+    folder, dataset = {write_srn: ("srn_cars/cars_train/a", "cars"),
+                       write_nerf: ("own/a", str(tmp_path / "own")),
+                       write_co3d: ("co3d_hydrant_for_gs/train/a", "hydrants")}[write]
     c2w = np.stack([toys.cars.look_at_origin(side) for side in SIDES])
-    write(folder, c2w, (32, 32, 16, 16), [np.full((32, 32, 4), 90, np.uint8)] * 5)
-    spoil(folder)
+    write(tmp_path / folder, c2w, (32, 32, 16, 16), [np.full((32, 32, 4), 90, np.uint8)] * 5)
+    spoil(tmp_path / folder)
     with pytest.raises(SystemExit) as e:
-        data.load(tmp_path, str(tmp_path / "own") if dataset == "own" else dataset, "train", 16,
-                  quiet=True)
+        data.load(tmp_path, dataset, "train", 16, quiet=True)
     assert e.value.code.startswith("error: ") and "\n" not in e.value.code and said in e.value.code
     assert not list(tmp_path.glob(".cache/*.u8"))
-
-
-def replace_in(path, a, b):
-    text = path.read_text()
-    assert a in text
-    path.write_text(text.replace(a, b))
 
 
 def test_cameras_that_cannot_see_one_object_are_explained(tmp_path):
@@ -1617,23 +1467,6 @@ def test_flags_have_the_types_of_config(capsys):
     assert all(f"    {f.name}: " in said for f in train.fields(train.Config))
 
 
-def test_one_car_is_learnt_by_heart(cars):
-    """Against the first loss: 40 steps of stage 0 on one object cut it to less than a third."""
-    torch.manual_seed(0)
-    views = data.load(cars, "cars", "train", 16)
-    teacher, white, cfg = Teacher(TINY), torch.ones(3), train.Config(code=0)
-    optimiser, losses = torch.optim.Adam(teacher.parameters(), 3e-3), []
-    index = (views.start[0] + torch.arange(4))[None]                          # (1, V)
-    x, cam = data.gather(views, index)
-    for _ in range(40):
-        loss = train.stage_0(teacher, x, cam, white, None, None, cfg)["loss"]
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        losses.append(float(loss.detach()))
-    assert losses[-1] < losses[0] / 3
-
-
 def small_step(device, stages=(0, 1, 2), count=20, **flags):
     """-> losses of `count` steps of these stages on random images, by make_step."""
     given = dict(size=16, width=16, mult=(1, 2), attn=8, batch=(4, 4, 2), views=2, told=1, steps=3,
@@ -2073,18 +1906,13 @@ def test_a_folder_of_ones_own_is_trained_on_with_a_teacher_of_ours(trained, tmp_
     assert not any({"both", "decided", "amber"} & set(r) for r in rows.values())
 
 
-def two_processes(*args, name="train", timeout=None):
-    """A script behind torchrun, as two processes on the CPU -> what came of it."""
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                           "--nproc_per_node=2", str(HERE / f"{name}.py"), *args, *SMALL],
-                          env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-                          capture_output=True, text=True, timeout=timeout)
-
-
 def test_two_processes_train_like_one_and_one_goes_on(trained, cars, tmp_path):
     """Against one process: the same losses and gradients but for rounding, while two share the
     batch; they are stopped inside stage 1, and one alone goes on from there to the end."""
-    run = two_processes(f"--root={cars}", f"--out={tmp_path}", "--max_steps=6")
+    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                          "--nproc_per_node=2", str(HERE / "train.py"), *SMALL, f"--root={cars}",
+                          f"--out={tmp_path}", "--max_steps=6"], capture_output=True, text=True,
+                         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
     assert run.stdout.count("device: 2 x CPU") == 1, run.stdout + run.stderr
     assert "stopped and saved" in run.stderr and (tmp_path / "resume.pt").exists()
     script("train", *SMALL, f"--root={cars}", f"--out={tmp_path}")
@@ -2093,13 +1921,6 @@ def test_two_processes_train_like_one_and_one_goes_on(trained, cars, tmp_path):
         if (one["stage"], one["step"]) <= (1, 1):   # later, Adam has followed signs of tiny
             for k in ("loss", "grad_norm"):         # gradients, which rounding turns
                 assert both[k] == pytest.approx(one[k], rel=1e-2), (k, one, both)
-
-
-def test_two_processes_time_their_steps_together_and_one_speaks():
-    """Against a table for each, or two that wait for each other for ever."""
-    run = two_processes("0", "1", "2", name="csrc/bench", timeout=300)
-    rows = [line.split(",")[0] for line in run.stdout.splitlines() if line.startswith("stage")]
-    assert rows == ["stage 0", "stage 1", "stage 2"], run.stdout + run.stderr
 
 
 def test_a_killed_writer_never_leaves_half_a_checkpoint(tmp_path):
@@ -2233,14 +2054,6 @@ def test_a_picture_of_something_else_is_warned_of(tmp_path):
     assert len(warnings) == 1 and "stripes.png" in warnings[0] and "know cars" in warnings[0]
 
 
-def test_the_weights_are_the_shipped_ones_whatever_lies_in_out(tmp_path, monkeypatch):
-    """Against a newer out/cars/stage_2.pt where it runs."""
-    (tmp_path / "out" / "cars").mkdir(parents=True)
-    (tmp_path / "out" / "cars" / "stage_2.pt").write_text("newer")
-    monkeypatch.chdir(tmp_path)
-    assert sample.arguments().parse_args(["x.png"]).weights == HERE / "weights" / "cars.pt"
-
-
 def test_sampling_writes_pictures_and_splats_and_repeats_itself(trained, tmp_path):
     """Against constant images, a second run with the same seed, and another seed."""
     out, _ = trained
@@ -2329,35 +2142,14 @@ def test_an_object_and_its_pictures_with_poses_give_the_same_files(tiny, cars, t
     assert (tmp_path / "a/sample_0.ply").read_bytes() != (tmp_path / "c/sample_0.ply").read_bytes()
 
 
-def test_guided_samples_are_nearer_to_the_view_that_guides(cars):
-    """Against the same noise without guidance: the error at the end is smaller for each sample."""
-    torch.manual_seed(0)
-    cfg = ModelConfig(16, 8, (1, 2), 1, 8)
-    denoiser = Denoiser(cfg)
-    meta = dict(K=[16.4, 16.4, 8., 8.], background=[1., 1., 1.])
-    flags = ["x", "--views=64,104,20", "--samples=3", "--device=cpu", "--steps=10"]
-    a = sample.arguments().parse_args(flags)
-    folder = cars / "cars" / "cars_test" / "test_00000"
-    pixels, cam = sample.read_views(folder, 16, meta, a)
-    assert pixels.shape == (3, 16, 16, 3)
-    views = data.load(cars, "cars", "test", 16, quiet=True)
-    x, expected = data.gather(views, torch.tensor([[64, 104, 20]]))
-    assert torch.allclose(cam.w2c, expected.w2c, atol=1e-6) and torch.equal(cam.K, expected.K)
-    assert torch.equal(torch.from_numpy(pixels).movedim(-1, 1)[None] / 255, x)
-    guide = sample.guidance(denoiser, x, cam, torch.ones(3))
-    errors = [guide(sample.trajectory(denoiser, x[:, 0], g, a)[-1][2]) for g in (guide, None)]
-    assert (errors[0] < errors[1]).all()
-
-
 def test_bad_views_and_poses_are_one_clear_line(tiny, cars, tmp_path, monkeypatch):
     """Against tracebacks: each names the file or the flag, and nothing is written."""
     folder = cars / "cars" / "cars_test" / "test_00000"
     picture = folder / "rgb" / "000064.png"
     good = tmp_path / "good.txt"
     np.savetxt(good, np.eye(4))
-    poses = dict(few="1 2 3", words="a " * 16, nan="nan " * 16, zero="0 " * 16)
-    poses["mirror"] = "-1 0 0 0  0 1 0 0  0 0 1 0  0 0 0 1"
-    poses["last"] = "1 0 0 0  0 1 0 0  0 0 1 0  0 0 1 1"
+    poses = dict(few="1 2 3", words="a " * 16, nan="nan " * 16,
+                 mirror="-1 0 0 0  0 1 0 0  0 0 1 0  0 0 0 1")
     for name, text in poses.items():
         (tmp_path / f"{name}.txt").write_text(text)
     Image.new("RGB", (20, 10)).save(tmp_path / "wide.png")
@@ -2366,26 +2158,15 @@ def test_bad_views_and_poses_are_one_clear_line(tiny, cars, tmp_path, monkeypatc
     view = ["--view", picture, "--pose"]
     cases = [([picture, *view, tmp_path / f"{name}.txt"], f"{name}.txt") for name in poses]
     cases += [
-        ([picture, *view, tmp_path / "none.txt"], "none.txt"),
         ([picture, "--view", tmp_path / "none.png", "--pose", good], "none.png"),
-        ([picture, "--view", tmp_path / "wide.png", "--pose", good], "wide.png"),
         ([tmp_path / "wide.png", *view, good], "wide.png"),
-        ([picture, "--view", picture], "--pose"), ([picture, "--pose", good], "--view"),
-        ([picture, picture, *view, good], "--view"), ([folder, *view, good], "--view"),
+        ([picture, "--view", picture], "--pose"), ([picture, picture, *view, good], "--view"),
         ([picture, "--views=64,1"], "--views"), ([folder, "--views=64,251"], "0 to 250"),
-        ([folder, "--views=-1"], "--views"), ([folder, "--views=a"], "--views"),
-        ([folder, "--views="], None), ([folder, "--views=1,"], "--views"),
-        ([tmp_path / "odd"], "odd"),
-    ]
+        ([folder, "--views=a"], "--views"), ([tmp_path / "odd"], "odd")]
     for args, word in cases:
-        said = make(monkeypatch, tiny, *args, f"--out={tmp_path}/out")
-        if word:
-            assert len(said) == 1 and said[0].startswith("error: "), (args, said)
-            assert word in said[0], (args, said)
-            assert not (tmp_path / "out").exists(), args
-        else:
-            assert not said
-            shutil.rmtree(tmp_path / "out")
+        line, = make(monkeypatch, tiny, *args, f"--out={tmp_path}/out")
+        assert line.startswith("error: ") and word in line, (args, line)
+        assert not (tmp_path / "out").exists(), args
 
 
 def test_the_side_where_the_samples_differ_is_found_and_shown():
@@ -2428,14 +2209,16 @@ def box_of(pixels):
                     ) / len(pixels)
 
 
-@pytest.mark.parametrize("ground", [(255, 255, 255), (120, 160, 120), (250, 247, 244), None])
-@pytest.mark.parametrize("turned", [1, 6, 8])
-def test_a_subject_anywhere_on_any_plain_ground_is_framed_as_in_training(ground, turned, tmp_path):
+@pytest.mark.parametrize("ground, turned, k", [
+    ((255, 255, 255), 1, 1), ((120, 160, 120), 6, 1), ((250, 247, 244), 8, 1), (None, 6, 1),
+    (None, 1, 12)])   # of the last only every second pixel is looked at
+def test_a_subject_anywhere_on_any_plain_ground_is_framed_as_in_training(ground, turned, k,
+                                                                         tmp_path):
     """Against the framing's target, and against the same subject cut out by hand."""
     rng = np.random.default_rng(0)
-    yy, xx = np.mgrid[:120, :200]
+    yy, xx = np.mgrid[:120 * k, :200 * k] / k
     shape = ((xx - 150) / 40) ** 2 + ((yy - 30) / 20) ** 2 < 1                # an ellipse, 80 wide
-    rgba = np.zeros((120, 200, 4), np.uint8)
+    rgba = np.zeros((*shape.shape, 4), np.uint8)
     rgba[shape] = [180, 30, 40, 255]
     if ground:
         noise = 0 if ground == (255, 255, 255) else rng.normal(0, 3, (120, 200, 3))
@@ -2448,17 +2231,6 @@ def test_a_subject_anywhere_on_any_plain_ground_is_framed_as_in_training(ground,
     stored = image.transpose(back) if back else image
     stored.save(tmp_path / "x.png", exif=exif)
     assert ImageOps.exif_transpose(Image.open(tmp_path / "x.png")).size == image.size
-    pixels, notes = sample.prepare(tmp_path / "x.png", 64, (1., 1., 1.))
-    assert abs(box_of(pixels) - [sample.SHARE, *sample.MIDDLE]).max() < 0.03 and not notes
-    assert (pixels[:10] == 255).all() and abs(pixels[34, 32] - [180., 30, 40]).max() < 12
-
-
-def test_a_subject_in_a_large_picture_is_framed_as_in_training(tmp_path):
-    """Against the framing's target, where only every second pixel is looked at."""
-    rgba = np.zeros((600, 2400, 4), np.uint8)
-    yy, xx = np.mgrid[:600, :2400]
-    rgba[((xx - 1800) / 400) ** 2 + ((yy - 300) / 200) ** 2 < 1] = [180, 30, 40, 255]
-    Image.fromarray(rgba).save(tmp_path / "x.png")
     pixels, notes = sample.prepare(tmp_path / "x.png", 64, (1., 1., 1.))
     assert abs(box_of(pixels) - [sample.SHARE, *sample.MIDDLE]).max() < 0.03 and not notes
     assert (pixels[:10] == 255).all() and abs(pixels[34, 32] - [180., 30, 40]).max() < 12
@@ -2590,44 +2362,33 @@ def hostile(folder):
         file = io.BytesIO()
         image.save(file, kind, **more)
         return file.getvalue()
-    photo = Image.fromarray(noise(40, 60, 4))
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    rgb, clear = photo.convert("RGB"), Image.new("RGBA", (30, 30))
+    photo, long = Image.fromarray(noise(40, 60, 4)), np.full((10, 20_000, 3), 255, np.uint8)
+    long[:, 5_000:9_000] = 0
+    rgb = photo.convert("RGB")
+    png, jpg = saved(rgb, "PNG"), saved(rgb, "JPEG")
     write("ok_cmyk.jpg", saved(photo.convert("CMYK"), "JPEG"))
-    write("ok_exif.jpg", saved(rgb, "JPEG", exif=exif))
     write("ok_odd_exif.jpg", saved(rgb, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff"))
-    write("ok_no_exif.jpg", saved(rgb, "JPEG", exif=b"Exif\0\0nonsense"))
     write("ok_animated.gif", saved(rgb, "GIF", save_all=True, append_images=[rgb, rgb]))
-    write("ok_deep.png", saved(Image.fromarray(noise(40, 60).astype(np.uint16) * 257), "PNG"))
     write("ok_float.tiff", saved(Image.fromarray(noise(40, 60).astype(np.float32)), "TIFF"))
     write("ok_two.png", saved(Image.fromarray(noise(1, 2, 3)), "PNG"))
     write("ok_bit.png", saved(Image.fromarray(noise(40, 60) > 99), "PNG"))
     write("ok_key.png", saved(rgb, "PNG", transparency=(0, 0, 0)))
-    write("ok_lies.jpg", saved(rgb, "PNG"))
-    long = np.full((10, 20_000, 3), 255, np.uint8)
-    long[:, 5_000:9_000] = 0
     write("ok_long.png", saved(Image.fromarray(long), "PNG"))
-    write("ok_tall.png", saved(Image.fromarray(long.swapaxes(0, 1)), "PNG"))
-    write("ok_Grüße 'x' <b>.png", saved(rgb, "PNG"))
-    write("new\nline.png", saved(rgb, "PNG"))
-    write(os.fsdecode(b"no\xff.png"), saved(rgb, "PNG"))
+    write("ok_Grüße 'x' <b>.png", png)
+    write("new\nline.png", png)
+    write(os.fsdecode(b"no\xff.png"), png)
     write("pixel.png", saved(Image.new("RGB", (1, 1)), "PNG"))
-    write("clear.png", saved(clear, "PNG"))
-    write("white.png", saved(Image.new("RGB", (50, 50), "white"), "PNG"))
-    write("bomb.png", saved(Image.new("1", (12_000, 12_000)), "PNG"))
+    write("clear.png", saved(Image.new("RGBA", (30, 30)), "PNG"))
     write("huge.png", saved(Image.new("1", (20_000, 20_000)), "PNG"))
     write("text.png", b"I am a letter, not a picture")
     write("empty.png", b"")
     (folder / "gone.png").symlink_to(folder / "nowhere")
     (folder / "folder.png").mkdir()
-    for name, whole in (("png", saved(rgb, "PNG")), ("jpg", saved(rgb, "JPEG"))):
-        for k in range(8):
-            write(f"random_{k}.{name}", noise(300).tobytes())
-            write(f"short_{k}.{name}", whole[:int(len(whole) * rng.uniform(0, .9))])
-            bits = np.frombuffer(whole, np.uint8).copy()   # these may well be readable
-            bits[rng.integers(0, len(bits), 5)] = noise(5)
-            write(f"flip_{k}.{name}", bits.tobytes())
+    for k in range(4):
+        write(f"short_{k}.png", png[:int(len(png) * rng.uniform(0, .9))])
+        bits = np.frombuffer(jpg, np.uint8).copy()   # these may well be readable
+        bits[rng.integers(0, len(bits), 5)] = noise(5)
+        write(f"flip_{k}.jpg", bits.tobytes())
 
 
 def test_hostile_files_cost_one_line_each_and_no_good_one(tiny, tmp_path, monkeypatch, capsys):
@@ -2643,7 +2404,7 @@ def test_hostile_files_cost_one_line_each_and_no_good_one(tiny, tmp_path, monkey
         assert len(lines) <= 1, lines
         said += lines
         made |= set() if lines else {path.name}
-    assert len(files) >= 70 and all(line.startswith("error: ") for line in said)
+    assert all(line.startswith("error: ") for line in said)
     assert all(p.name in made or p.stem in made for p in files if p.name.startswith("ok"))
     for p in files:
         lines = sum(p.name in line or repr(p.name)[1:-1] in line for line in said)
@@ -2662,7 +2423,6 @@ def test_bad_input_is_one_clear_line(trained, cars, tmp_path, monkeypatch):
     out, _ = trained
     image = pictures(tmp_path)[0]
     (tmp_path / "broken.png").write_bytes(image.read_bytes()[:200])
-    (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "not.pt").write_bytes(b"not a checkpoint")
     torch.save(dict(a=1), tmp_path / "other.pt")
     (tmp_path / "file").write_text("")
@@ -2670,29 +2430,22 @@ def test_bad_input_is_one_clear_line(trained, cars, tmp_path, monkeypatch):
     weights = ["--weights", out / "stage_2.pt", "--device", "cpu"]
     cases = [
         ("train", ["--epochs=3"], "--epochs"), ("train", ["--lr=fast"], "--lr"),
-        ("train", ["--mult=3"], "--mult"), ("train", ["--size=30"], "--size=30"),
-        ("train", ["--views=1"], "--views"), ("train", ["--weighting=best"], "--weighting"),
-        ("train", ["--dataset=planes"], "planes"),
-        ("train", ["--dataset=chairs", f"--root={tmp_path}"], "chairs"),
-        ("train", ["--device=warp"], "--device=warp"),
+        ("train", ["--size=30"], "--size=30"), ("train", ["--views=1"], "--views"),
+        ("train", ["--dataset=planes"], "planes"), ("train", ["--device=warp"], "--device=warp"),
         ("train", ["--batch=(1,2,2)"], "--batch=(1, 2, 2)"), ("train", ["--told=0"], "1 or more"),
-        ("train", ["--iters=(0,5,0)"], "--teacher must name"), ("train", ["--lr=(1,2"], "--lr"),
-        ("train", ["--init=a.pt", "--teacher=b.pt"], "--init"),
-        ("train", ["--t_star=99"], "--t_star=99"), ("train", ["--t_known=100"], "--t_known=100"),
+        ("train", ["--iters=(0,5,0)"], "--teacher must name"),
+        ("train", ["--t_known=100"], "--t_known=100"),
         ("train", ["--graph", "--device=cpu"], "--graph"),
         ("train", [*SMALL, f"--root={cars}", f"--out={out}", "--seed=1"], "seed: 0 -> 1"),
         ("train", [*SMALL, f"--root={cars}", f"--out={tmp_path}/none", "--eval_only"],
          "teacher.pt"),
-        ("sample", [tmp_path / "none.png", *weights], "none.png"),
         ("sample", [tmp_path / "broken.png", *weights], "broken.png"),
-        ("sample", [tmp_path / "empty.png", *weights], "empty.png"),
         ("sample", [image, "--weights", tmp_path / "none.pt"], "none.pt"),
         ("sample", [image, "--weights", tmp_path / "not.pt"], "not.pt"),
         ("sample", [image, "--weights", tmp_path / "other.pt"], "other.pt"),
         ("sample", [image, "--weights", out / "teacher.pt"], "teacher.pt"),
         ("sample", [image, *weights, "--out", tmp_path / "file"], "file"),
         ("sample", [image, *weights, "--samples", "0"], "--samples"),
-        ("sample", [image, *weights, "--frames", "0"], "--frames"),
     ]
     for name, args, word in cases:
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, args)])
@@ -2730,7 +2483,6 @@ class Page:
             preexec_fn=pipes, pass_fds=(3, 4), stderr=subprocess.DEVNULL)
         os.close(theirs), os.close(also_theirs)
         self.session, self.calls, self.buffer, self.complaints = {}, 0, b"", []
-        self("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
         target = self("Target.createTarget", url="about:blank")["targetId"]
         self.session = dict(sessionId=self("Target.attachToTarget", targetId=target,
                                            flatten=True)["sessionId"])
@@ -2771,17 +2523,6 @@ class Page:
         return self.js(f"(r => [r.x, r.y, r.width, r.height])"
                        f"(document.querySelector({query!r}).getBoundingClientRect())")
 
-    def mouse(self, *points):
-        """Press at the first point, go through the others, let go at the last."""
-        kinds = ["mousePressed", *["mouseMoved"] * (len(points) - 1), "mouseReleased"]
-        for kind, (x, y) in zip(kinds, [*points, points[-1]], strict=True):
-            self("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left",
-                 clickCount=1)
-
-    def click(self, query):
-        x, y, w, h = self.box(query)
-        self.mouse((x + w / 2, y + h / 2))
-
     def shot(self):
         """What the canvas shows -> (h, w, 3) in [0, 1]; and the page has not complained so far."""
         self.js("new Promise(f => requestAnimationFrame(() => requestAnimationFrame(f)))")
@@ -2815,134 +2556,54 @@ def upright_scene(N, seed=0):
 
 @pytest.fixture(scope="module")
 def viewer(tmp_path_factory):
-    """The page with two objects, the first of three states, in a browser -> page, objects, folder.
-    The names would end the script, were they not escaped."""
+    """The page with two objects, the first of three states, in a browser -> page, objects."""
     if not BROWSER:
         pytest.skip("no Chromium")
     folder = tmp_path_factory.mktemp("viewer")
     g = upright_scene(1500)
     states = [g._replace(xyz=g.xyz * k) for k in (0.5, 0.75, 1.0)]
-    objects = {"</script>&amp;": states, "teacher": [upright_scene(900, seed=1)]}
+    objects = {"sample": states, "teacher": [upright_scene(900, seed=1)]}
     page, path = Page(folder), folder / "viewer #1.html"
     red = sample.png(np.full((40, 40, 3), [255, 0, 0], np.uint8))
-    path.write_text(sample.viewer_html("</script><b>.png", red, objects, LOOK), encoding="utf-8")
+    path.write_text(sample.viewer_html("red.png", red, objects, LOOK), encoding="utf-8")
     page("Emulation.setDeviceMetricsOverride", width=800, height=500, deviceScaleFactor=1,
          mobile=False)
     page("Page.navigate", url=path.as_uri() + "#turn=0")
     page.wait("document.querySelector('aside')?.hidden === false")
-    yield page, objects, folder
+    yield page, objects
     page.session = {}
     page("Browser.close")
     page.process.wait(20)
 
 
+def psnr_of_page(page, states, azimuth, elevation=10, zoom=1, **more):
+    """Of the page against render of the last of these states, by the camera of the turntable."""
+    seen = page.view(azimuth=azimuth, elevation=elevation, zoom=zoom, **more)
+    h, w, _ = seen.shape
+    w2c = sample.orbit(torch.tensor([math.radians(azimuth)]), dict(LOOK, elevation=elevation))
+    f = LOOK["focal"] * zoom * min(h, w)
+    cam = Camera(w2c, torch.tensor([[[f, f, w / 2, h / 2]]]), (h, w))
+    x_hat, _, _ = render(states[-1], cam, torch.tensor([LOOK["background"]]))
+    x_hat = x_hat[0, 0].clamp(0, 1).permute(1, 2, 0).numpy()                  # (h, w, 3)
+    assert x_hat.std() > 0.05
+    return -10 * np.log10(((seen - x_hat) ** 2).mean())
+
+
 def test_the_viewer_draws_what_render_draws(viewer):
-    """Against render by the camera of the turntable, from four sides and three distances."""
-    page, objects, _ = viewer
-    views = [(0, 20, 1, "teacher", 1), (75, -15, 1.5, "teacher", 1), (200, 89, 0.7, "teacher", 1),
-             (-50, 10, 2.5, "</script>&amp;", 3)]
-    for azimuth, elevation, zoom, name, step in views:
-        seen = page.view(azimuth=azimuth, elevation=elevation, zoom=zoom, object=name)
-        h, w, _ = seen.shape
-        w2c = sample.orbit(torch.tensor([math.radians(azimuth)]), dict(LOOK, elevation=elevation))
-        f = LOOK["focal"] * zoom * min(h, w)
-        cam = Camera(w2c, torch.tensor([[[f, f, w / 2, h / 2]]]), (h, w))
-        x_hat, _, _ = render(objects[name][step - 1], cam, torch.tensor([LOOK["background"]]))
-        x_hat = x_hat[0, 0].clamp(0, 1).permute(1, 2, 0).numpy()              # (h, w, 3)
-        psnr = -10 * np.log10(((seen - x_hat) ** 2).mean())
-        assert psnr > 40 and x_hat.std() > 0.05, (azimuth, psnr)
+    """Against render by the camera of the turntable, from three sides and distances."""
+    page, objects = viewer
+    for view in (0, 20, 1), (75, -15, 1.5), (200, 89, 0.7):
+        assert psnr_of_page(page, objects["teacher"], *view, object="teacher") > 40, view
 
 
 def test_the_slider_goes_from_noise_to_the_result(viewer):
     """Against render of the state that each place of the slider names, to 8 bits of its ranges."""
-    page, objects, _ = viewer
-    states = objects["</script>&amp;"]
-    for step, state in enumerate(states):
-        seen = page.view(azimuth=-50, elevation=10, object="</script>&amp;", step=step)
+    page, objects = viewer
+    for step in range(3):
+        states = objects["sample"][:step + 1]
+        assert psnr_of_page(page, states, -50, object="sample", step=step) > (
+            40 if step == 2 else 22)
         assert f"{step} of 2" in page.js("document.querySelector('label').textContent")
-        h, w, _ = seen.shape
-        w2c = sample.orbit(torch.tensor([math.radians(-50)]), dict(LOOK, elevation=10))
-        f = LOOK["focal"] * min(h, w)
-        cam = Camera(w2c, torch.tensor([[[f, f, w / 2, h / 2]]]), (h, w))
-        x_hat, _, _ = render(state, cam, torch.tensor([LOOK["background"]]))
-        x_hat = x_hat[0, 0].clamp(0, 1).permute(1, 2, 0).numpy()              # (h, w, 3)
-        psnr = -10 * np.log10(((seen - x_hat) ** 2).mean())
-        assert psnr > (40 if step == 2 else 22), (step, psnr)
-
-
-def test_hands_move_the_viewer_and_reset_brings_it_back(viewer):
-    """Against the picture before: drag, wheel, pinch, keys, strip and slider each change it."""
-    page, _, _ = viewer
-    before = page.view(azimuth=0, elevation=LOOK["elevation"], object="teacher", step=3)
-    x, y, w, h = page.box("#stage canvas")
-    middle, same = (x + w / 2, y + h / 2), lambda seen: np.abs(seen - before).max() < 0.01
-    def touch(kind, *points):
-        page("Input.dispatchTouchEvent", type=kind,
-             touchPoints=[dict(x=middle[0] + p, y=middle[1], id=k) for k, p in enumerate(points)])
-    def pinch():
-        touch("touchStart", -30, 30), touch("touchMove", -90, 90), touch("touchEnd")
-    hands = dict(
-        drag=lambda: page.mouse(middle, (x + w / 2 + 80, y + h / 2), (x + w / 2 + 90, y + h / 3)),
-        wheel=lambda: page("Input.dispatchMouseEvent", type="mouseWheel", x=middle[0], y=middle[1],
-                           deltaX=0, deltaY=-300),
-        pinch=pinch,
-        key=lambda: page("Input.dispatchKeyEvent", type="keyDown", key="ArrowLeft"))
-    assert same(page.shot())
-    for name, hand in hands.items():
-        hand()
-        assert not same(page.shot()), name
-        page.click("#reset")
-        assert same(page.shot()), name
-    page.wait("location.hash.includes('azimuth=0&elevation=20&zoom=1')")      # the view's address
-    page.click("#strip button")
-    last = page.shot()
-    assert not same(last)
-    x, y, w, h = page.box("input")
-    page.mouse((x + 2, y + h / 2))                                            # to the first state
-    assert "0 of 2" in page.js("document.querySelector('label').textContent")
-    assert np.abs(page.shot() - last).max() > 0.1
-    page.click("#strip button:last-child")
-    assert same(page.shot())
-
-
-def test_the_viewer_turns_until_it_is_touched(viewer):
-    """Against the picture a moment later: with turn=1 another, after a click on it the same."""
-    page, _, _ = viewer
-    first, later = page.view(turn=1), page.shot()
-    assert np.abs(first - later).max() > 0.05
-    page.click("#stage canvas")
-    assert np.array_equal(page.shot(), page.shot())
-
-
-def test_the_viewer_saves_the_splats_it_shows(viewer):
-    """Against the Gaussians it was given, by the reader of .ply files: all but the faint ones, to
-    16 bits of the range of each number."""
-    page, objects, folder = viewer
-    page.view(object="</script>&amp;", step=3)
-    page.click("#save")
-    end = time.time() + 20
-    while not (made := list(folder.glob("*.ply"))) and time.time() < end:
-        time.sleep(0.05)
-    expected = objects["</script>&amp;"][-1]
-    expected = pick(expected, expected.opacity[0] >= rasterize.ALPHA_MIN)
-    (folder / "expected.ply").write_bytes(sample.ply_bytes(expected))
-    p, q = read_ply(made[0]), read_ply(folder / "expected.ply")
-    assert list(p) == sample.PLY == list(q)
-    for name in p:
-        if name == "opacity":
-            p[name], q[name] = [1 / (1 + np.exp(-x[name])) for x in (p, q)]
-        np.testing.assert_allclose(p[name], q[name], rtol=0, atol=np.ptp(q[name]) / 1e5 + 1e-6)
-
-
-def test_names_cannot_end_the_script_that_holds_the_splats(viewer):
-    """Against the title and the names on the page, as text; and no request went anywhere."""
-    page, objects, _ = viewer
-    assert page.js("document.title") == "</script><b>.png"
-    assert page.js("document.querySelector('h1').textContent") == "</script><b>.png"
-    assert page.js("[...document.querySelectorAll('#strip button')].map(b => b.textContent)") == \
-        list(objects)
-    assert page.js("performance.getEntriesByType('resource').map(e => e.name)"
-                   ".filter(name => !name.startsWith('data:'))") == []
 
 
 def unpacked(html):
