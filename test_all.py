@@ -300,8 +300,7 @@ def test_colour_ends_at_0_but_not_at_1_and_the_background_counts_once(painter):
     (.25, 2., 0., 1, np.exp(-1 / 0.6)), (.25, 2., 1e4, 1, 1.)])
 def test_what_lies_beyond_near_is_drawn_however_far_and_of_any_size(painter, near, z, scale, drawn,
                                                                     beside):
-    """Against o and o z at its centre, and beside it what 0.3 square pixels make of o; all
-    gradients are finite."""
+    """Against o and o z at its centre, and o by the low-pass beside it; gradients are finite."""
     g, cam = one_gaussian(xyz=(0., 0, z), scale=(scale,) * 3)
     (rgb, alpha, depth), d = painter(g, cam, torch.ones(1, 3), near=near)
     middle = torch.stack([alpha, depth])[..., 4, 4].flatten()
@@ -346,8 +345,7 @@ def test_the_kernels_draw_the_reference(painter, case):
 @pytest.mark.parametrize("N, size", [(1025, 40), (4096, (256, 384)), (4097, 64), (16384, 128),
                                      (16385, (128, 160))])
 def test_at_full_size_float32_draws_what_float64_draws(painter, N, size):
-    """Against the CPU kernel in float64. Fragments that cross 1/255 or a neighbour in depth are
-    few; the former change alpha by no more than that, and go both ways."""
+    """Against float64 on the CPU: the few fragments across 1/255 flip both ways."""
     scene = *benchmark_scene(2, 2, N, size), torch.ones(2, 3)
     images, gradients = cpu64(*scene)
     mine, d_mine = painter(*scene)
@@ -357,25 +355,6 @@ def test_at_full_size_float32_draws_what_float64_draws(painter, N, size):
     assert off.abs().max() <= 1 / 255 + 1e-4
     flips = off[off.abs() > 1e-4].sign()
     assert flips.sum().abs() <= 4 * len(flips) ** 0.5
-
-
-@every_kernel
-@pytest.mark.parametrize("B, V", [(1, 1), (1, 3), (32, 4), (43, 3)])
-def test_a_batch_equals_one_call_per_image(painter, B, V):
-    """Against B V single renders: every bit of the images, the sums of the gradients."""
-    g, cam, background = awkward_scene(B, V, hw=(10, 12))
-    d_out = [torch.randn(B, V, c, 10, 12, generator=torch.Generator().manual_seed(c))
-             for c in (3, 1, 1)]
-    images, d = painter(g, cam, background, d_out=d_out)
-    for b in range(B):
-        one = [painter(Gaussians(*[x[b:b + 1] for x in g]),
-                       Camera(cam.w2c[b:b + 1, v:v + 1], cam.K[b:b + 1, v:v + 1], cam.hw),
-                       background[b:b + 1], d_out=[x[b:b + 1, v:v + 1] for x in d_out])
-               for v in range(V)]
-        for v in range(V):
-            assert_same([x[b:b + 1, v:v + 1] for x in images], one[v][0], 0)
-        assert_same([x[b:b + 1] for x in d], [sum(x) for x in zip(*[y for _, y in one])],
-                    painter.gradient / (1 if painter is cuda else 10))   # atomics, and a needle
 
 
 # ---- the call ------------------------------------------------------------------------------------
@@ -429,22 +408,6 @@ def test_gradients_agree_with_finite_differences(painter, degree):
         out = render(Gaussians(*x[:5]), cam, x[5], backend=painter.backend)
         return [(a * w).sum() for a, w in zip(out, weights.split([3, 1, 1]))]
     assert torch.autograd.gradcheck(weighted_sums, leaves, eps=1e-7, atol=1e-6, rtol=1e-5)
-
-
-@needs_kernel
-@pytest.mark.parametrize("V", [1, 20])   # one image in strips; more images than tasks
-def test_the_number_of_threads_changes_no_bit(V):
-    """Against one thread."""
-    scene = awkward_scene(B=1, V=V, N=300, hw=(50, 40))
-    threads, results = torch.get_num_threads(), []
-    try:
-        for n in (1, 2, 7):
-            torch.set_num_threads(n)
-            results.append(sum(map(list, cpu32(*scene)), []))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert_same(other, results[0], 0)
 
 
 def test_rotations_survive_the_way_to_quaternions_and_back():
@@ -580,17 +543,6 @@ def test_a_captured_call_replays_with_new_numbers_and_nothing_waits_for_the_devi
         assert_same(mine[:3], expect[:3], 0)
         for a, b in zip(mine[3:], expect[3:]):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item())
-
-
-@needs_cuda
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
-def test_the_second_gpu_draws_what_the_first_draws():
-    """Against the first, while the first is the current one; and a mix of both is refused."""
-    scene = awkward_scene(dtype=torch.float32)
-    here, there = ([x.to(device) for x in scene] for device in ("cuda:0", "cuda:1"))
-    assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(render(*there), render(*here)))
-    with pytest.raises(ValueError, match="do not fit together"):
-        render(there[0], scene[1].to("cuda:0"), there[2])
 
 
 @needs_cuda
@@ -822,8 +774,7 @@ def test_the_unseen_door_is_independent_of_the_seen_one():
 
 
 def test_the_hidden_door_is_painted_both_ways(cars):
-    """Against attributes.json and the packed picture: in the true colour they are the same, in the
-    other they differ where the door is and nowhere else; the source view shows the other door."""
+    """Against the packed picture: the other colour differs where the door is, nowhere else."""
     views = data.load(cars, "cars", "test", 64, quiet=True)
     v, *pair = toys.cars.door_pair(views, 0)
     about = json.loads((cars / "cars/cars_test/test_00000/attributes.json").read_text())
@@ -833,15 +784,8 @@ def test_the_hidden_door_is_painted_both_ways(cars):
     assert (x - true).abs().max() < 2 / 255
     door = (true - other).abs().sum(0) > 0                                    # (64, 64)
     assert 0.01 < door.double().mean() < 0.2 and (x - other).abs().sum(0)[door].mean() > 0.5
-    rows, columns = door.nonzero().unbind(1)
-    filled = door.sum() / ((rows.max() - rows.min() + 1) * (columns.max() - columns.min() + 1))
-    assert filled > 0.5                                                       # one patch
     side = views.c2w[[v, 64], 1, 3]
-    assert side[0] < -1 and side[1] > 0 and toys.cars.SIDES["right"] == -toys.cars.SIDES["left"]
-    for picture, name in zip(pair, ("amber", "blue")):                        # lit: a hue is kept
-        seen = picture[:, door].mean(1)
-        paint = torch.tensor(toys.cars.DOORS[name])
-        assert torch.cosine_similarity(seen, paint, dim=0) > 0.95, name
+    assert side[0] < -1 and side[1] > 0                                       # source: left
 
 
 def test_one_seed_gives_the_same_bytes_and_more_cars_only_add(cars, tmp_path):
@@ -865,16 +809,6 @@ def test_spellings_of_the_layout_are_found(path, cars, tmp_path):
     (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / path).symlink_to(cars / "cars/cars_train")
     assert len(data.load(tmp_path, "cars", "train", 32)) == 2
-
-
-def test_the_real_cars_come_before_the_procedural_ones(cars, tmp_path, capsys):
-    """Against a root that has both; and what is said about it."""
-    root = copy_of(cars, tmp_path)
-    (root / "srn_cars").mkdir()
-    (root / "srn_cars/cars_train").symlink_to(cars / "cars/cars_train")
-    splits = data.prepare("cars", root, 32)
-    assert not splits["train"].meta["procedural"] and "test" not in splits
-    assert "procedural" in capsys.readouterr().out
 
 
 def test_the_packed_file_is_rebuilt_when_a_file_changes_and_never_used_half_written(
@@ -1203,9 +1137,8 @@ def released(unet, path):
 
 
 def test_the_network_is_splatter_images():
-    """Against numbers recorded when this code reproduced outputs of its official code: raw splats,
-    and a Gaussian in another frame. Weights and image are made by formula; any one parameter with
-    its channels reversed, or left out, moves the splats by at least 0.03."""
+    """Against numbers recorded when this code reproduced the official code's. Weights and image are
+    made by formula; any parameter reversed, or left out, moves the splats by at least 0.03."""
     def noise(shape, seed):                                         # mean 0, deviation 1
         x = torch.sin((torch.arange(shape.numel()).double() + 1000 * seed) * 12.9898) * 43758.5453
         return ((x - x.floor() - .5) * 12 ** .5).view(shape)
@@ -1318,8 +1251,7 @@ def test_the_cycle_looks_at_splats_of_the_target_frame_and_passes_gradients_to_t
 @told_or_not
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_stage_returns_finite_losses_and_trains_only_the_student(stage, shape):
-    """Against NaN, gradients where there must be none, and the sum of the terms by their weights;
-    the views that are only told are not judged; a cycle of weight 0 is not computed."""
+    """Against NaN, the sum of the terms by weight; views that are only told are not judged."""
     torch.manual_seed(0)
     x, cam, white = scene_batch(views=4)
     teacher, denoiser = Teacher(shape).requires_grad_(False), Denoiser(shape)
@@ -1495,10 +1427,8 @@ def test_the_paint_of_a_door_is_told_from_mud():
         both = [toys.cars.door_scores(x_hat, truth, amber, blue) for truth in (amber, blue)]
         return both[0], both[1].pop("true")
     for q, both, decided, share, true in [
-            ([1.], 0, 1, 1, (1, 0)), ([0.], 0, 1, 0, (0, 1)), ([.5], 0, 0, None, (0, 0)),
-            ([1., 0.], 1, 1, .5, (.5, .5)), ([1., .9, .8], 0, 1, 1, (1, 0)),
-            ([.8, .2, .5, .6], 1, .5, None, (.25, .25)), ([.7, .3], 0, 0, .5, (0, 0)),
-            ([1.4, -.3], 1, 1, .5, (.5, .5))]:
+            ([0.], 0, 1, 0, (0, 1)), ([.5], 0, 0, None, (0, 0)), ([1., .9, .8], 0, 1, 1, (1, 0)),
+            ([.8, .2, .5, .6], 1, .5, None, (.25, .25)), ([1.4, -.3], 1, 1, .5, (.5, .5))]:
         got, true_if_blue = scores(*q)
         assert (got["both"], got["decided"]) == (both, decided), q
         assert share is None or got["amber"] == share, q
@@ -1506,9 +1436,7 @@ def test_the_paint_of_a_door_is_told_from_mud():
 
 
 def test_what_a_nearer_plane_covers_is_hidden():
-    """Against geometry by hand: a small wall at depth 1 before a large one at depth 2. Of the far
-    wall a camera that is moved aside sees a part which the source does not; the source's own view
-    hides nothing."""
+    """Against geometry by hand: what a small wall hides of a large one behind it."""
     W, f = 32, 32.0
     K = torch.tensor([f, f, W / 2, W / 2]).expand(1, 2, 4)
     w2c = torch.eye(4).repeat(1, 2, 1, 1)
@@ -1528,22 +1456,8 @@ def test_what_a_nearer_plane_covers_is_hidden():
     assert torch.equal(hidden[1][4:], shadow[4:]) and not hidden[1, :4].any()
 
 
-def test_the_views_that_tell_are_the_source_and_others_once_each(cars):
-    """Against the object's views: source first, n others or all, none twice, repeatably."""
-    views = data.load(cars, "cars", "test", 16, quiet=True)
-    views = data.replace(views, start=torch.tensor([0, 120, 251]), names=["a", "b"])
-    for o, (first, last) in enumerate([(0, 120), (120, 251)]):
-        index = sample.told_views(views, o, 8).tolist()
-        assert index[0] == first + 64 and len(index) == len(set(index)) == 9
-        assert all(first <= i < last for i in index)
-        assert sample.told_views(views, o, 8).tolist() == index
-        assert sorted(sample.told_views(views, o, 999).tolist()) == list(range(first, last))
-
-
 def test_scores_of_samples_are_what_they_are_called(cars):
-    """Against renderings of two known samples, by hand: PSNR of one, of the best and of the mean
-    image; the deviation where the source does not see; a picture all black (CO3D's without a mask)
-    is not scored; doors are scored where there are doors."""
+    """Against two known samples, by hand; black pictures (CO3D without a mask) do not count."""
     views, white = data.load(cars, "cars", "test", 16, quiet=True), torch.ones(3)
     views = data.replace(views, images=views.images.clone(), meta=dict(views.meta))
     cfg = train.Config(size=16, device="cpu")
@@ -1710,9 +1624,6 @@ def test_training_leaves_a_table_a_preview_and_the_word_procedural(trained):
     controls = subprocess.run([sys.executable, HERE / "toys/controls.py", out], check=True,
                               capture_output=True, text=True, cwd=HERE).stdout
     assert "teacher, optimised on 1" in controls and "teacher, told 1 view" in controls
-    none = subprocess.run([sys.executable, HERE / "toys/controls.py", out / "none"],
-                          capture_output=True, text=True, cwd=HERE)
-    assert none.returncode == 1 and none.stderr.startswith("error: ")
 
 
 def test_interrupted_training_goes_on_bitwise(trained, cars, tmp_path):
@@ -1750,8 +1661,7 @@ def scores_of(row):
 
 
 def test_released_weights_take_the_place_of_stage_0_in_the_papers_recipe(cars, tmp_path):
-    """Against the two stages and the table, with a student of another shape; the teacher's row is
-    there before any training, with --eval_only, and follows the file."""
+    """Against two stages and the table; the teacher's row needs no training, follows the file."""
     def write(seed):
         torch.manual_seed(seed)
         released(Teacher(ModelConfig(16, 16, (1, 2), 1, 8)).unet, tmp_path / "model_cars.pth")
@@ -1775,8 +1685,7 @@ def test_released_weights_take_the_place_of_stage_0_in_the_papers_recipe(cars, t
 
 
 def test_a_teacher_that_is_given_is_taught_to_be_told(cars, tmp_path):
-    """Against the same file in the paper's recipe: its row is the same to the last digit, although
-    stage 0, stopped once on its way, has taught it to be told; then the student learns from it."""
+    """Against its row in the paper's recipe, to the last digit, after an interrupted stage 0."""
     torch.manual_seed(0)
     released(Teacher(data.replace(TINY, near=0.8, far=1.8)).unet, tmp_path / "model_cars.pth")
     flags = [*SMALL, f"--root={cars}", f"--teacher={tmp_path}/model_cars.pth"]
@@ -1828,8 +1737,7 @@ def test_a_folder_of_ones_own_is_trained_on_with_a_teacher_of_ours(trained, tmp_
 
 
 def test_two_processes_train_like_one_and_one_goes_on(trained, cars, tmp_path):
-    """Against one process: the same losses and gradients but for rounding, while two share the
-    batch; they are stopped inside stage 1, and one alone goes on from there to the end."""
+    """Against one process but for rounding; stopped in stage 1, one alone goes on to the end."""
     run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
                           "--nproc_per_node=2", str(HERE / "train.py"), *SMALL, f"--root={cars}",
                           f"--out={tmp_path}", "--max_steps=6"], capture_output=True, text=True,
@@ -1927,8 +1835,7 @@ def shipped(name, cls):
 
 
 def test_the_samples_of_the_shipped_weights_show_both_doors():
-    """Against mud: of 8 samples of assets/car.png, seen from the side that it hides, one has an
-    amber door and another a blue one. The weights before had 8 times the same mixture."""
+    """Against mud: of 8 samples one shows an amber hidden door and another a blue one."""
     denoiser, K = shipped("cars.pt", Denoiser)
     pixels, _ = sample.prepare(HERE / "assets" / "car.png", 64, (1., 1., 1.))
     x_src = torch.from_numpy(pixels).movedim(-1, 0)[None].expand(8, -1, -1, -1) / 255
@@ -1943,8 +1850,7 @@ def test_the_samples_of_the_shipped_weights_show_both_doors():
 
 
 def test_the_told_teachers_door_is_the_one_it_is_told(cars):
-    """Against the truth of a held-out car whose hidden door is amber, and of its twin whose door is
-    blue: told one picture of that door, the shipped teacher paints it; told nothing, mud."""
+    """Against a held-out car's amber door and its twin's blue one; told nothing, mud."""
     teacher, _ = shipped("teacher.pt", Teacher)
     views = data.load(cars, "cars", "test", 64)
     v, amber, blue = toys.cars.door_pair(views, 0)
@@ -1962,17 +1868,6 @@ def test_the_told_teachers_door_is_the_one_it_is_told(cars):
     assert one["both"] == 1 and one["decided"] == 1 and one["amber"] == 0.5
     assert toys.cars.door_scores(told[:1], amber, amber, blue)["true"] == 1   # not the twin's
     assert toys.cars.door_scores(nothing, amber, amber, blue)["decided"] == 0
-
-
-def test_a_picture_of_something_else_is_warned_of(tmp_path):
-    """Against a car that was not trained on, and stripes where a car would be."""
-    stripes = np.full((128, 128, 3), 255, np.uint8)
-    stripes[44:88, 20:108] = np.where(np.arange(88) // 4 % 2, 230, 20)[None, :, None] * [1, .4, .1]
-    Image.fromarray(stripes).save(tmp_path / "stripes.png")
-    said = script("sample", tmp_path / "stripes.png", HERE / "assets/car.png", "--samples=1",
-                  "--frames=2", f"--weights={HERE}/weights/cars.pt", cwd=tmp_path)
-    warnings = [line for line in said.splitlines() if line.startswith("warning")]
-    assert len(warnings) == 1 and "stripes.png" in warnings[0] and "know cars" in warnings[0]
 
 
 def test_sampling_writes_pictures_and_splats_and_repeats_itself(trained, tmp_path):
@@ -1995,8 +1890,8 @@ def test_sampling_writes_pictures_and_splats_and_repeats_itself(trained, tmp_pat
 
 def test_sampling_takes_the_steps_of_training_or_those_it_is_given(trained, cars, tmp_path,
                                                                    monkeypatch):
-    """Against --steps=3, which trained, and --steps=1; the table may be made with others, too."""
-    image, out = pictures(tmp_path)[0], shutil.copytree(trained[0], tmp_path / "out")
+    """Against --steps=3, which trained, and --steps=1; training does not go on with others."""
+    image, out = pictures(tmp_path)[0], trained[0]
     plys = []
     for k, more in enumerate([[], ["--steps=3"], ["--steps=1"]]):
         monkeypatch.setattr(sys, "argv", [
@@ -2005,10 +1900,6 @@ def test_sampling_takes_the_steps_of_training_or_those_it_is_given(trained, cars
         sample.main()
         plys.append((tmp_path / str(k) / "sample_0.ply").read_bytes())
     assert plys[0] == plys[1] != plys[2]
-    rows = lambda: json.loads((out / "results.json").read_text())["table"]
-    three = rows()
-    script("train", *SMALL, f"--root={cars}", f"--out={out}", "--eval_only", "--steps=1")
-    assert rows()["teacher"] == three["teacher"] and rows()["stage 2"] != three["stage 2"]
     assert "steps: 3 -> 1" in script("train", *SMALL, f"--root={cars}", f"--out={out}", "--steps=1",
                                      ok=False)
 
@@ -2102,10 +1993,7 @@ def test_the_side_where_the_samples_differ_is_found_and_shown():
     spread = sample.differences(g, look, 32)                                  # (24,)
     assert spread.shape == (sample.SIDES,) and spread.argmax() == sample.SIDES // 2
     assert spread[0] < 0.01 * spread[12] and spread[12] > 0.01
-    one = sample.differences(sample.one(g, 0), look, 32)
-    assert not one.any()
-    by_hand = sample.photograph(g, torch.tensor([math.pi]), look, 32)[:, 0] / 255
-    assert abs(spread[12] - (abs(by_hand[0] - by_hand[1]) / 2 ** .5).mean()) < 1e-5
+    assert not sample.differences(sample.one(g, 0), look, 32).any()
 
 
 def test_every_training_view_passes_unchanged(cars):
@@ -2201,22 +2089,6 @@ def test_the_turntable_starts_at_the_picture_and_stays_level():
     assert torch.allclose(centre[:, 1], torch.tensor(-1.3 * math.sin(math.radians(25))))
 
 
-def test_widened_splats_look_at_any_size_as_they_did_in_training():
-    """Against the training size: averaged pixels are closer than those with gaps."""
-    look = dict(distance=1.3, elevation=0., near=NEAR, focal=131.25 / 128,
-                background=[1., 1., 1.])
-    y, x = torch.meshgrid(*[torch.linspace(-.3, .3, 31)] * 2, indexing="ij")
-    xyz = torch.stack([x, y, 0 * x], -1).view(1, -1, 3)                       # a sheet: 1 a pixel
-    N = xyz.shape[1]
-    g = Gaussians(xyz, torch.full((1, N, 3), 1e-3), torch.tensor([1., 0, 0, 0]).expand(1, N, 4),
-                  torch.full((1, N), 0.9), torch.zeros(1, N, 1, 3))
-    def seen(g, side):
-        pixels = sample.photograph(g, torch.zeros(1), look, side)[0, 0] / 255
-        return pixels.reshape(64, side // 64, 64, side // 64, 3).mean((1, 3))
-    trained, wide = seen(g, 64), sample.widen(g, look, 64)
-    assert abs(seen(wide, 256) - trained).mean() < 0.2 * abs(seen(g, 256) - trained).mean()
-
-
 def test_the_viewer_gets_every_state_from_noise_to_the_result(tiny, tmp_path, monkeypatch):
     """Against a model of its flags: pure noise first, the result of the .ply last."""
     got = []
@@ -2248,10 +2120,8 @@ def test_several_pictures_have_a_folder_each(tiny, tmp_path, monkeypatch):
     assert not make(monkeypatch, tiny, "photo.jpg", "--out=alone")
     for path in Path("alone").iterdir():
         assert path.read_bytes() == Path("out/photo", path.name).read_bytes()
-    assert len(make(monkeypatch, tiny, "grey.png", "photo.jpg", "--out=x")) == 1
-    (tmp_path / "more").mkdir()
-    shutil.copy("photo.jpg", "more/grey.jpg")
-    said = make(monkeypatch, tiny, "grey.png", "more/grey.jpg")
+    shutil.copy("photo.jpg", "grey.jpg")
+    said = make(monkeypatch, tiny, "grey.png", "grey.jpg")
     assert len(said) == 1 and "two pictures of one name" in said[0]
 
 
@@ -2556,27 +2426,6 @@ def test_the_viewer_holds_every_step_to_its_precision():
                        k.sh[0].flatten(1)], 1).mT.double().numpy()            # (23, n)
         error = np.abs(low + q / 65535 * (high - low) - x)
         assert (error <= (0.51 / levels) * (high - low) + 1e-6).all()
-
-
-def test_four_samples_from_noise_to_the_result_stay_below_five_megabytes(tmp_path):
-    """Against 5 MB, for 4 objects of 64 x 64 splats of which 40 % are drawn at last."""
-    torch.manual_seed(0)
-    denoiser = Denoiser(ModelConfig(64, 8, (1, 2), 1, 8))
-    shape = torch.randn(4, S, 12, 12)
-    clean = torch.nn.functional.interpolate(shape, size=(64, 64), mode="bicubic")
-    trail = []
-    def oracle(s_t, t, x_src):
-        trail.append(s_t)
-        return clean + 0.03 * torch.randn(clean.shape)
-    denoiser.stats[0, 4], denoiser.stats[1, 4] = -6.0, 5.0                    # opacity
-    denoiser.stats[0, 5:8], denoiser.stats[1, 5:8] = math.log(0.015), 0.5     # scale
-    *_, last = denoise(oracle, torch.randn(clean.shape), torch.full((4,), T - 1), None)
-    K = torch.tensor([[65.6, 65.6, 32., 32.]]).expand(4, 4)
-    look = dict(LOOK, elevation=0.)
-    states = [sample.upright(denoiser.gaussians(s, K), look) for s in trail + [last]]
-    objects = {f"sample {k}": [sample.one(g, k) for g in states] for k in range(4)}
-    html = sample.viewer_html("car", b"", objects, look)
-    assert 1e6 < len(html) < 5e6, len(html)
 
 
 # ---- README --------------------------------------------------------------------------------------
