@@ -229,8 +229,7 @@ def by_numpy(g, cam, background):
                                      [(.05, .03, 2.), (.3, .2, 2.5), (-.1, 0., 1.5)]],
                          ids=["inside", "off to the right", "off the corner", "overlapping"])
 def test_turned_gaussians_look_as_numpy_says(painter, centres):
-    """Against the image computed in another way, in any order of the list; the slope of J is held
-    off screen. No alpha is near 1/255."""
+    """Against another computation, in any order; the slope of J is held off screen."""
     g, cam, background = turned_scene(centres, (.8, 8., 2.), (5, 5))
     images, _ = painter(g, cam, background)
     assert images[1].min() > 0.1
@@ -295,25 +294,20 @@ def test_colour_ends_at_0_but_not_at_1_and_the_background_counts_once(painter):
 
 
 @every_painter
-@pytest.mark.parametrize("near, z, drawn", [(.25, -1., 0), (.25, .25, 0), (.25, .2501, 1),
-                                            (0., 0., 0), (0., 1e-3, 1), (.25, 1e6, 1)])
-def test_what_lies_beyond_near_is_drawn_however_far(painter, near, z, drawn):
-    """Against o and o z at its centre; all gradients are finite."""
-    (rgb, *rest), d = painter(*one_gaussian(xyz=(0., 0, z)), torch.ones(1, 3), near=near)
-    torch.testing.assert_close(torch.stack(rest)[..., 4, 4].flatten(),
-                               drawn * torch.tensor([.8, .8 * z]).double(), rtol=1e-6, atol=0)
+@pytest.mark.parametrize("near, z, scale, drawn, beside", [
+    (.25, -1., .1, 0, None), (.25, .25, .1, 0, None), (.25, .2501, .1, 1, None),
+    (0., 0., .1, 0, None), (0., 1e-3, .1, 1, None), (.25, 1e6, .1, 1, None),
+    (.25, 2., 0., 1, np.exp(-1 / 0.6)), (.25, 2., 1e4, 1, 1.)])
+def test_what_lies_beyond_near_is_drawn_however_far_and_of_any_size(painter, near, z, scale, drawn,
+                                                                    beside):
+    """Against o and o z at its centre, and o by the low-pass beside it; gradients are finite."""
+    g, cam = one_gaussian(xyz=(0., 0, z), scale=(scale,) * 3)
+    (rgb, alpha, depth), d = painter(g, cam, torch.ones(1, 3), near=near)
+    middle = torch.stack([alpha, depth])[..., 4, 4].flatten()
+    torch.testing.assert_close(middle, drawn * torch.tensor([.8, .8 * z]).double(), rtol=1e-6,
+                               atol=0)
+    assert beside is None or alpha[0, 0, 0, 4, 5].item() == pytest.approx(.8 * beside, rel=1e-5)
     assert all(x.isfinite().all() for x in (rgb, *d)) and d[3].any() == drawn
-
-
-@every_painter
-@pytest.mark.parametrize("scale, beside", [(0., np.exp(-1 / 0.6)), (1e-20, np.exp(-1 / 0.6)),
-                                           (1e4, 1.)])
-def test_a_gaussian_of_any_size_is_drawn_with_finite_gradients(painter, scale, beside):
-    """Against its opacity in the middle, and beside that what 0.3 square pixels make of it."""
-    images, d = painter(*one_gaussian(scale=(scale,) * 3), torch.ones(1, 3))
-    torch.testing.assert_close(images[1][0, 0, 0, 4, 4:6], 0.8 * torch.tensor([1, beside]).double(),
-                               rtol=1e-5, atol=0)
-    assert all(x.isfinite().all() for x in (*images, *d))
 
 
 # ---- many ----------------------------------------------------------------------------------------
@@ -351,8 +345,7 @@ def test_the_kernels_draw_the_reference(painter, case):
 @pytest.mark.parametrize("N, size", [(1025, 40), (4096, (256, 384)), (4097, 64), (16384, 128),
                                      (16385, (128, 160))])
 def test_at_full_size_float32_draws_what_float64_draws(painter, N, size):
-    """Against the CPU kernel in float64. Fragments that cross 1/255 or a neighbour in depth are
-    few; the former change alpha by no more than that, and go both ways."""
+    """Against float64 on the CPU: the few fragments across 1/255 flip both ways."""
     scene = *benchmark_scene(2, 2, N, size), torch.ones(2, 3)
     images, gradients = cpu64(*scene)
     mine, d_mine = painter(*scene)
@@ -364,51 +357,11 @@ def test_at_full_size_float32_draws_what_float64_draws(painter, N, size):
     assert flips.sum().abs() <= 4 * len(flips) ** 0.5
 
 
-@needs_cuda
-def test_float64_on_a_gpu_is_drawn_by_the_reference():
-    """Against the reference, asked for by name."""
-    scene = [x.to("cuda") for x in awkward_scene(B=1, V=1)]
-    assert_same(render(*scene), render(*scene, backend="torch"), 0)
-
-
-@every_painter
-@pytest.mark.parametrize("centre, x, y", [(0., 7, 9), (.25, 18, 19)])   # the latter: cx, cy < 0
-def test_shifted_intrinsics_equal_a_crop(painter, centre, x, y):
-    """Against the window of the larger image, of splats that lie inside it."""
-    g, cam = benchmark_scene(1, 1, 60, 32)
-    cam.w2c[:], cam.K[:] = torch.eye(4), torch.tensor([40., 44, 16, 16])
-    g = g._replace(xyz=0.22 * g.xyz + 1.3 * torch.tensor([centre, centre, 1.]))
-    crop = Camera(cam.w2c, cam.K - torch.tensor([0., 0, x, y]), (13, 14))
-    whole = painter(g, cam, torch.ones(1, 3))[0]
-    assert_same(painter(g, crop, torch.ones(1, 3))[0], [a[..., y:y + 13, x:x + 14] for a in whole],
-                1e-5)
-
-
-@every_kernel
-@pytest.mark.parametrize("B, V", [(1, 1), (1, 3), (32, 4), (43, 3)])
-def test_a_batch_equals_one_call_per_image(painter, B, V):
-    """Against B V single renders: every bit of the images, the sums of the gradients."""
-    g, cam, background = awkward_scene(B, V, hw=(10, 12))
-    d_out = [torch.randn(B, V, c, 10, 12, generator=torch.Generator().manual_seed(c))
-             for c in (3, 1, 1)]
-    images, d = painter(g, cam, background, d_out=d_out)
-    for b in range(B):
-        one = [painter(Gaussians(*[x[b:b + 1] for x in g]),
-                       Camera(cam.w2c[b:b + 1, v:v + 1], cam.K[b:b + 1, v:v + 1], cam.hw),
-                       background[b:b + 1], d_out=[x[b:b + 1, v:v + 1] for x in d_out])
-               for v in range(V)]
-        for v in range(V):
-            assert_same([x[b:b + 1, v:v + 1] for x in images], one[v][0], 0)
-        assert_same([x[b:b + 1] for x in d], [sum(x) for x in zip(*[y for _, y in one])],
-                    painter.gradient / (1 if painter is cuda else 10))   # atomics, and a needle
-
-
 # ---- the call ------------------------------------------------------------------------------------
 
 @every_painter
 def test_inputs_may_be_strided_and_gradients_partial(painter):
-    """Against contiguous inputs, all gradients at once, and zeros for the outputs that the loss
-    does not use; a second derivative of a kernel is refused, not wrong."""
+    """Against contiguous inputs and all gradients at once; a second derivative is refused."""
     scene = painter.takes(*awkward_scene(B=1))
     full = [painter(*scene, d_out=[0.25 * (i == j) for i in range(3)]) for j in range(3)]
     planar = [x.movedim(1, -1).contiguous().movedim(-1, 1) for x in scene[0]] + [scene[2]]
@@ -443,16 +396,6 @@ def test_low_precision_and_autocast_draw_in_float32(painter, dtype):
     assert d.dtype == dtype and d.isfinite().all() and d.any()
 
 
-@every_painter
-def test_moving_scene_and_camera_together_changes_nothing(painter):
-    """Against the scene before the move; degree 1 colours turn with it."""
-    g, cam, background = awkward_scene(B=1)
-    pose = benchmark_scene(1, 1, 1, 8)[1].to(torch.float64).w2c[:, 0]         # (1, 4, 4)
-    moved = Camera(cam.w2c @ invert_pose(pose)[:, None], cam.K, cam.hw)
-    assert_same(painter(transform(g, pose), moved, background)[0], painter(g, cam, background)[0],
-                max(painter.image, 1e-5))                      # the pose is rigid to float32
-
-
 @pytest.mark.parametrize("painter", [REFERENCE, CPU64])
 @pytest.mark.parametrize("degree", [0, 1])
 def test_gradients_agree_with_finite_differences(painter, degree):
@@ -465,22 +408,6 @@ def test_gradients_agree_with_finite_differences(painter, degree):
         out = render(Gaussians(*x[:5]), cam, x[5], backend=painter.backend)
         return [(a * w).sum() for a, w in zip(out, weights.split([3, 1, 1]))]
     assert torch.autograd.gradcheck(weighted_sums, leaves, eps=1e-7, atol=1e-6, rtol=1e-5)
-
-
-@needs_kernel
-@pytest.mark.parametrize("V", [1, 20])   # one image in strips; more images than tasks
-def test_the_number_of_threads_changes_no_bit(V):
-    """Against one thread."""
-    scene = awkward_scene(B=1, V=V, N=300, hw=(50, 40))
-    threads, results = torch.get_num_threads(), []
-    try:
-        for n in (1, 2, 7):
-            torch.set_num_threads(n)
-            results.append(sum(map(list, cpu32(*scene)), []))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert_same(other, results[0], 0)
 
 
 def test_rotations_survive_the_way_to_quaternions_and_back():
@@ -513,33 +440,6 @@ def test_a_poisoned_gaussian_leaves_no_trace(painter, field, value):
         assert not any(a[:, 7].any() for a in d[:5])
 
 
-@float_kernels
-@pytest.mark.parametrize("seed", range(20))
-def test_what_shows_nothing_alone_leaves_no_trace(painter, seed):
-    """Against the scene without those: random numbers of any Gaussian are poison, also of many at
-    the front of the list. Every bit of the image; all gradients are finite, and theirs exactly 0.
-    """
-    rng = torch.Generator().manual_seed(seed)
-    values = torch.tensor([torch.nan, torch.inf, -torch.inf, 0, 1e10, -1e10, 1e4, 1e-30, -1])
-    fine, cam = benchmark_scene(1, 1, 100, (24, 40))
-    g = Gaussians(*[torch.where(torch.rand(x.shape, generator=rng) < 0.04,
-                                values[torch.randint(9, x.shape, generator=rng)], x) for x in fine])
-    touched = torch.stack([(a != b).view(100, -1).any(1) for a, b in zip(g, fine)]).any(0)   # (N,)
-    alone, _ = painter(Gaussians(*[x.transpose(0, 1) for x in g]), Camera(
-        cam.w2c.repeat(100, 1, 1, 1), cam.K.repeat(100, 1, 1), cam.hw), torch.ones(100, 3))
-    seen = alone[1].flatten(1).any(1)                                                        # (N,)
-    assert touched[seen].any() and not touched[seen].all() and not seen.all()
-    clean, d_clean = painter(pick(g, seen), cam, torch.ones(1, 3))
-    images, d = painter(g, cam, torch.ones(1, 3))
-    assert_same(images, clean, 0)
-    prefix = join(*[pick(g, ~seen)] * (seed + 1), g)
-    assert_same(painter(prefix, cam, torch.ones(1, 3))[0], clean, 0)
-    assert all(x.isfinite().all() for x in (*images, *d))
-    assert not any(x[:, ~seen].any() for x in d[:5])
-    assert_same([x[:, seen & ~touched] for x in d[:5]], [x[:, ~touched[seen]] for x in d_clean[:5]],
-                1e-4 * (painter is cuda))
-
-
 # ---- compiling -----------------------------------------------------------------------------------
 
 def run_python(code, cwd=HERE, **env):
@@ -563,8 +463,7 @@ def smallest_csrc(tmp_path):
 
 @needs_kernel
 def test_builds_survive_a_killed_one_and_each_other(tmp_path):
-    """Against two processes that build at once, in a folder where a killed build left torch's lock
-    and half a file."""
+    """Against two builds at once where a killed one left torch's lock and half a file."""
     code, env = smallest_csrc(tmp_path)   # and a compiler that writes half a file and hangs
     (tmp_path / "c++").write_text('#!/bin/sh\ncase "$*" in *" -c "*) echo > main.o; sleep 20;; '
                                   '*) exec c++ "$@";; esac\n')
@@ -584,19 +483,15 @@ def test_builds_survive_a_killed_one_and_each_other(tmp_path):
 @needs_kernel
 @pytest.mark.parametrize("device, missing, sentence", [
     ("cpu", "mock.patch.dict('os.environ', CXX='/nonexistent')", "no C++ compiler called /nonex"),
-    ("cpu", "mock.patch('shutil.which', lambda x: x != 'ninja')", "no ninja (pip install ninja)"),
-    ("cpu", "mock.patch('sysconfig.get_path', lambda *_, **__: '/nonexistent')",
-     "no Python.h (the system's package is called python3-dev)"),
     ("cpu", "mock.patch('rasterize.FLAGS', ['-include', 'no_such_header.h'])", "no_such_header.h"),
     ("cuda", "mock.patch.multiple('torch.cuda', is_available=lambda: True, "
      "get_device_capability=lambda: (9, 0)), "
      "mock.patch('torch.utils.cpp_extension.CUDA_HOME', None)",
      "no CUDA compiler nvcc (CUDA_HOME can name"),
     ("mps", "mock.patch('shutil.which')", "csrc/ has no kernel for mps"),
-], ids=["compiler", "ninja", "Python.h", "what the compiler says", "nvcc", "another device"])
+], ids=["compiler", "what the compiler says", "nvcc", "another device"])
 def test_what_is_missing_to_compile_is_named(device, missing, sentence, tmp_path):
-    """Against the one sentence, in the error of a backend that was asked for by name; "auto" prints
-    one line, once, and draws with the reference."""
+    """Against one sentence; "auto" prints it once and draws with the reference."""
     code, env = smallest_csrc(tmp_path)
     said = run_python(code + f"""import torch.utils.cpp_extension
 with {missing}:
@@ -606,21 +501,15 @@ with {missing}:
     assert said.count("drawing with the PyTorch reference, which is slow, because ") == 1, said
 
 
-def test_an_unknown_or_unsuitable_backend_is_refused():
-    """Against its own sentence."""
-    g, cam = benchmark_scene(1, 1, 4, 8)
-    for backend in ("fast", "cuda"):
-        with pytest.raises(ValueError, match=f"'{backend}': Gaussians on cpu need auto, cpu or"):
-            render(g, cam, (1., 1., 1.), backend=backend)
-
-
 @pytest.mark.parametrize("field, shape", [("xyz", (1, 4, 4)), ("scale", (1, 3, 3)),
                                           ("quat", (1, 4, 3)), ("opacity", (1, 4, 1)),
                                           ("sh", (1, 4, 2, 3)), ("K", (1, 2, 4)),
                                           ("w2c", (2, 1, 4, 4))])
 def test_shapes_that_do_not_fit_are_refused_by_name(field, shape):
-    """Against the sentence, before any kernel reads beyond a tensor's end."""
+    """Against the sentence, before any kernel reads beyond a tensor's end; so is a backend."""
     g, cam = benchmark_scene(1, 1, 4, 8)
+    with pytest.raises(ValueError, match="'fast': Gaussians on cpu need auto, cpu or"):
+        render(g, cam, (1., 1., 1.), backend="fast")
     if field in g._fields:
         g = g._replace(**{field: torch.ones(shape)})
     else:
@@ -634,8 +523,7 @@ def test_shapes_that_do_not_fit_are_refused_by_name(field, shape):
 @needs_cuda
 @pytest.mark.parametrize("N", [300, 17000])
 def test_a_captured_call_replays_with_new_numbers_and_nothing_waits_for_the_device(N):
-    """Against eager calls: three on another stream, the recording, two replays. The debug mode
-    turns every wait into an error."""
+    """Against eager calls; the debug mode turns every wait for the device into an error."""
     g, cam = benchmark_scene(2, 2, N, 24, "cuda")
     d_out = [torch.rand(2, 2, c, 24, 24, device="cuda") for c in (3, 1, 1)]
     def step(*inputs):
@@ -658,17 +546,6 @@ def test_a_captured_call_replays_with_new_numbers_and_nothing_waits_for_the_devi
 
 
 @needs_cuda
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
-def test_the_second_gpu_draws_what_the_first_draws():
-    """Against the first, while the first is the current one; and a mix of both is refused."""
-    scene = awkward_scene(dtype=torch.float32)
-    here, there = ([x.to(device) for x in scene] for device in ("cuda:0", "cuda:1"))
-    assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(render(*there), render(*here)))
-    with pytest.raises(ValueError, match="do not fit together"):
-        render(there[0], scene[1].to("cuda:0"), there[2])
-
-
-@needs_cuda
 @pytest.mark.skipif(not importlib.util.find_spec("gsplat"), reason="gsplat is not installed")
 @pytest.mark.parametrize("B, V, N, size", [(4, 4, 16384, 128), (1, 3, 196608, (256, 384))])
 def test_gsplat_draws_the_same_image(B, V, N, size):
@@ -684,16 +561,6 @@ def test_gsplat_draws_the_same_image(B, V, N, size):
         assert_close_but_for_flips(a.detach(), b.detach(), 1e-4)
     for a, b in zip(*[torch.autograd.grad(x, leaves, d_out) for x in (out, peer)]):
         assert_close_but_for_flips(a, b, 1e-3)
-
-
-def test_compiled_code_can_call_render():
-    """Against the same function uncompiled: `render` is a break in the graph, not an error."""
-    g, cam = benchmark_scene(1, 1, 30, 8)
-    def f(g, cam, background):
-        return render(g, cam, 2 * background)[0].square().sum()
-    background = torch.ones(3)
-    torch.testing.assert_close(torch.compile(f, backend="eager")(g, cam, background),
-                               f(g, cam, background))
 
 
 # ---- data.py -------------------------------------------------------------------------------------
@@ -718,35 +585,6 @@ def project(w2c, K, xyz):
     return p[..., :2] / p[..., 2:] * K[:, None, :2] + K[:, None, 2:4]
 
 
-def hull_agreement(views, o, masks, grid=96):
-    """Carve a voxel grid by all silhouettes (V, S, S), project what is left: IoU of each view."""
-    a, b = views.start[o], views.start[o + 1]
-    c2w, K, S = views.c2w[a:b].double(), views.K[a:b].double(), masks.shape[-1]
-    axis = (torch.arange(grid, dtype=torch.float64) + .5) / grid - .5
-    xyz = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), -1).view(-1, 3)
-    for v in range(len(masks)):
-        uv = project(c2w[v:v + 1].inverse(), K[v:v + 1], xyz)[0].floor().long()
-        inside = ((uv >= 0) & (uv < S)).all(-1)
-        uv = uv.clamp(0, S - 1)
-        xyz = xyz[inside & masks[v, uv[:, 1], uv[:, 0]]]
-    ious = []
-    for v in range(len(masks)):
-        cell = xyz[:, None] + (torch.tensor([[x, y, z] for x in (-1, 1) for y in (-1, 1)
-                                             for z in (-1, 1)]) / (4 * grid)).double()
-        uv = project(c2w[v:v + 1].inverse(), K[v:v + 1], cell.view(-1, 3))[0].floor().long()
-        drawn = torch.zeros(S, S, dtype=torch.bool)
-        drawn[uv[:, 1].clamp(0, S - 1), uv[:, 0].clamp(0, S - 1)] = True
-        ious.append(((drawn & masks[v]).sum() / (drawn | masks[v]).sum()).item())
-    return np.array(ious)
-
-
-def silhouettes(views, o):
-    """(V, S, S) bool from the alpha of an object's PNGs."""
-    folder = next(Path(views.meta["root"]).glob(f"*/{views.names[o]}"))
-    files = sorted((folder / "rgb").iterdir())
-    return torch.stack([torch.from_numpy(np.array(Image.open(f))[..., 3] > 127) for f in files])
-
-
 def test_cars_are_written_and_read_back(cars):
     """Against what was written: counts, names, white corners, intrinsics, both doors' colours."""
     splits = data.prepare("cars", cars, 32, n_train=2, n_test=1, quiet=True)
@@ -760,18 +598,30 @@ def test_cars_are_written_and_read_back(cars):
     attributes = json.loads((cars / "cars/cars_train/train_00000/attributes.json").read_text())
     assert set(attributes["doors"]) == {"left", "right"}
     assert set(attributes["doors"].values()) <= set(toys.cars.DOORS)
+    big = data.load(cars, "cars", "train", 128, quiet=True)
+    mean = torch.nn.functional.avg_pool2d(big.images[:9].float(), 4)
+    assert (mean - train.images[:9].float()).abs().max() <= 1
+    torch.testing.assert_close(train.K * 4, big.K)
 
 
-def test_the_source_view_of_a_batch_is_exactly_the_identity(cars):
-    """Against the definition: the source's w2c is I, the others' are inv(c2w) @ c2w_source."""
+def test_a_batch_is_distinct_views_of_one_object_seen_from_the_first(cars):
+    """Against the packed order, a repeat, and w2c = inv(c2w) @ c2w_source, for the source exactly
+    I; an object with too few views repeats them."""
     views = data.load(cars, "cars", "train", 32)
-    objects, index = data.draw(views, 5, 4, torch.Generator().manual_seed(1))
-    x, cam = data.gather(views, index)
+    draw = lambda views, n: data.draw(views, 64, n, torch.Generator().manual_seed(3))
+    objects, index = draw(views, 50)
+    assert (index.sort(1).values == views.start[objects, None] + torch.arange(50)).all()
+    assert set(objects.tolist()) == {0, 1} and len(set(index[:, 0].tolist())) > 20
+    assert torch.equal(index, draw(views, 50)[1])
+    x, cam = data.gather(views, index[:5, :4])
     assert x.shape == (5, 4, 3, 32, 32) and 0 <= x.min() and x.max() == 1 and cam.hw == (32, 32)
     assert torch.equal(cam.w2c[:, 0], torch.eye(4).expand(5, 4, 4))
-    want = views.c2w[index].double().inverse() @ views.c2w[index[:, :1]].double()
+    want = views.c2w[index[:5, :4]].double().inverse() @ views.c2w[index[:5, :1]].double()
     torch.testing.assert_close(cam.w2c.double(), want, atol=1e-6, rtol=0)
     assert torch.equal(x[2, 3], views.images[index[2, 3]].float() / 255)
+    objects, index = draw(data.replace(views, start=torch.tensor([0, 2, 100])), 5)
+    assert (index[objects == 0].sort(1).values == torch.tensor([0, 0, 0, 1, 1])).any()
+    assert ((index < 2).all(1) == (objects == 0)).all()
 
 
 def picture_of_a_box(xyz, c2w, K, S):
@@ -915,21 +765,6 @@ def test_sequences_without_finite_cameras_are_left_out(tmp_path, capsys):
     assert set(data.load(tmp_path, "hydrants", "train", 16).images.flatten().tolist()) == {51}
 
 
-@pytest.mark.parametrize("name, dataset, least", [("procedural", "cars", .95),
-                                                  ("srn_like_mesh_cars", "cars", .9),
-                                                  ("srn_like_mesh_chairs", "chairs", .9)])
-def test_silhouettes_agree_with_one_visual_hull(name, dataset, least, cars, tmp_path):
-    """Against geometry: poses, intrinsics and pictures of one object fit together, also in files
-    that this code did not write."""
-    folder = cars / "cars" if name == "procedural" else SHARED / name
-    if not folder.is_dir():
-        pytest.skip(f"no {folder}")
-    (tmp_path / f"srn_{dataset}").symlink_to(folder)
-    views = data.load(tmp_path, dataset, "train", 128, quiet=True)
-    for o in range(0, len(views), 2):
-        assert hull_agreement(views, o, silhouettes(views, o)).mean() >= least, views.names[o]
-
-
 def test_the_unseen_door_is_independent_of_the_seen_one():
     """Against a count over many designs: all four pairs, none rare."""
     doors = [tuple(toys.cars.design(np.random.default_rng([0, 0, i])).doors.values())
@@ -938,8 +773,7 @@ def test_the_unseen_door_is_independent_of_the_seen_one():
 
 
 def test_the_hidden_door_is_painted_both_ways(cars):
-    """Against attributes.json and the packed picture: in the true colour they are the same, in the
-    other they differ where the door is and nowhere else; the source view shows the other door."""
+    """Against the packed picture: the other colour differs where the door is, nowhere else."""
     views = data.load(cars, "cars", "test", 64, quiet=True)
     v, *pair = toys.cars.door_pair(views, 0)
     about = json.loads((cars / "cars/cars_test/test_00000/attributes.json").read_text())
@@ -949,23 +783,8 @@ def test_the_hidden_door_is_painted_both_ways(cars):
     assert (x - true).abs().max() < 2 / 255
     door = (true - other).abs().sum(0) > 0                                    # (64, 64)
     assert 0.01 < door.double().mean() < 0.2 and (x - other).abs().sum(0)[door].mean() > 0.5
-    rows, columns = door.nonzero().unbind(1)
-    filled = door.sum() / ((rows.max() - rows.min() + 1) * (columns.max() - columns.min() + 1))
-    assert filled > 0.5                                                       # one patch
     side = views.c2w[[v, 64], 1, 3]
-    assert side[0] < -1 and side[1] > 0 and toys.cars.SIDES["right"] == -toys.cars.SIDES["left"]
-    for picture, name in zip(pair, ("amber", "blue")):                        # lit: a hue is kept
-        seen = picture[:, door].mean(1)
-        paint = torch.tensor(toys.cars.DOORS[name])
-        assert torch.cosine_similarity(seen, paint, dim=0) > 0.95, name
-
-
-def test_a_set_begun_without_a_single_car_is_completed(tmp_path):
-    """Against an interrupted start: procedural.json alone."""
-    (tmp_path / "cars").mkdir()
-    note = {"generator": "data.py", "version": data.VERSION, "seed": 0, "train": 9, "test": 9}
-    (tmp_path / "cars/procedural.json").write_text(json.dumps(note))
-    assert len(data.prepare("cars", tmp_path, 32, n_train=1, n_test=1, quiet=True)["train"]) == 1
+    assert side[0] < -1 and side[1] > 0                                       # source: left
 
 
 def test_one_seed_gives_the_same_bytes_and_more_cars_only_add(cars, tmp_path):
@@ -982,32 +801,13 @@ def test_one_seed_gives_the_same_bytes_and_more_cars_only_add(cars, tmp_path):
     assert fewer.meta["fingerprint"] == data.load(cars, "cars", "train", 32).meta["fingerprint"]
 
 
-@pytest.mark.parametrize("path", ["cars/cars_train", "cars/train", "srn_cars/cars_train",
-                                  "srn_cars/srn_cars/cars_train", "cars_train",
-                                  "srn_cars/cars_2.0_train", "cars/srn_cars/cars_train"])
+@pytest.mark.parametrize("path", ["cars/train", "cars_train", "srn_cars/cars_2.0_train",
+                                  "cars/srn_cars/cars_train"])
 def test_spellings_of_the_layout_are_found(path, cars, tmp_path):
     """Against the folders found in the wild."""
     (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / path).symlink_to(cars / "cars/cars_train")
     assert len(data.load(tmp_path, "cars", "train", 32)) == 2
-
-
-def test_the_real_cars_come_before_the_procedural_ones(cars, tmp_path, capsys):
-    """Against a root that has both; and what is said about it."""
-    root = copy_of(cars, tmp_path)
-    (root / "srn_cars").mkdir()
-    (root / "srn_cars/cars_train").symlink_to(cars / "cars/cars_train")
-    splits = data.prepare("cars", root, 32)
-    assert not splits["train"].meta["procedural"] and "test" not in splits
-    assert "procedural" in capsys.readouterr().out
-
-
-def test_another_size_resamples_images_and_intrinsics(cars):
-    """Against the mean of 4 x 4 pixels, and pixel centres at i + 0.5."""
-    big, small = (data.load(cars, "cars", "train", s, quiet=True) for s in (128, 32))
-    torch.testing.assert_close(small.K * 4, big.K)
-    mean = torch.nn.functional.avg_pool2d(big.images[:9].float(), 4)
-    assert (mean - small.images[:9].float()).abs().max() <= 1
 
 
 def test_the_packed_file_is_rebuilt_when_a_file_changes_and_never_used_half_written(
@@ -1052,20 +852,6 @@ def test_alpha_is_straight_but_in_srn_only_a_mask(tmp_path):
     write_srn(tmp_path / "a", toys.cars.look_at_origin(SIDES[0])[None], (32, 32, 16, 16), [picture])
     pixels, _, _ = data.read_object(tmp_path / "a", "train", 32, dict(background=(1., 1., 1.)))
     assert (pixels == [230, 155, 130]).all()
-
-
-def test_batches_are_distinct_views_of_one_object_and_repeatable(cars):
-    """Against the packed order; an object with too few views repeats them."""
-    views = data.load(cars, "cars", "train", 32)
-    objects, index = data.draw(views, 64, 50, torch.Generator().manual_seed(3))
-    assert (index.sort(1).values == views.start[objects, None] + torch.arange(50)).all()
-    assert set(objects.tolist()) == {0, 1} and len(set(index[:, 0].tolist())) > 20
-    assert torch.equal(index, data.draw(views, 64, 50, torch.Generator().manual_seed(3))[1])
-    uneven = data.replace(views, start=torch.tensor([0, 2, 100]))
-    objects, index = data.draw(uneven, 64, 5, torch.Generator().manual_seed(3))
-    own = index >= uneven.start[objects, None], index < uneven.start[objects + 1, None]
-    assert own[0].all() and own[1].all()
-    assert (index[objects == 0].sort(1).values == torch.tensor([0, 0, 0, 1, 1])).any()
 
 
 def spoil(path, how):
@@ -1224,8 +1010,7 @@ def random_splats(batch=2, size=16, seed=0):
 
 @torch.no_grad()
 def nearly_right(teacher, x, cam, white, seed=0):
-    """x with views after the first as the teacher renders them, plus noise: with errors as large as
-    an untrained teacher's, tanh would drive all codes to its ends."""
+    """x whose further views are the teacher's, plus noise: no code is at tanh's ends."""
     g = teacher.gaussians(teacher(x[:, :1]), cam.K[:, 0])
     seen, _, _ = render(g, Camera(cam.w2c[:, 1:], cam.K[:, 1:], cam.hw), white)
     noise = torch.randn(seen.shape, generator=torch.Generator().manual_seed(seed))
@@ -1233,8 +1018,7 @@ def nearly_right(teacher, x, cam, white, seed=0):
 
 
 def shake(network):
-    """Random biases, and random weights of the layers that read a code, which start at or near 0.
-    """
+    """Random biases, and random weights of the layers that read a code."""
     with torch.no_grad():
         for name, p in network.named_parameters():
             drawn = p.dim() == 1 and "norm" not in name
@@ -1249,8 +1033,7 @@ def pinhole(size, batch=2):
 
 @pytest.mark.parametrize("steps", [1, 3, 10, 99])
 def test_denoise_recovers_an_oracle_exactly(steps):
-    """Against the closed form: if every prediction is the clean splats, so is the result; and the
-    levels that the denoiser sees fall from t to above 0, on a schedule from clean to noise."""
+    """Against the closed form: if every prediction is the clean splats, so is the result."""
     a = alpha_bar(torch.arange(T))
     assert (a.diff() < 0).all() and a[0] > 0.999 and a[-1] < 1e-3
     s_0, eps, levels = random_splats(), random_splats(seed=1), []
@@ -1305,8 +1088,7 @@ def test_gradients_reach_every_parameter_through_unrolled_steps(shape):
 
 @pytest.mark.parametrize("theirs, mine", [*itertools.product([TINY, TOLD], repeat=2)])
 def test_a_warm_start_is_the_teacher_told_nothing_whatever_the_noise(theirs, mine):
-    """Against the teacher's own raw splats; a code of 0 is read from any noise, and of another code
-    the student makes the same splats as the teacher."""
+    """Against the teacher's raw splats, told nothing, and told the code that is read."""
     torch.manual_seed(0)
     teacher, denoiser, x = Teacher(theirs), Denoiser(mine), torch.rand(2, 3, 16, 16)
     shake(teacher)
@@ -1374,9 +1156,8 @@ def released(unet, path):
 
 
 def test_the_network_is_splatter_images():
-    """Against numbers recorded when this code reproduced outputs of its official code: raw splats,
-    and a Gaussian in another frame. Weights and image are made by formula; any one parameter with
-    its channels reversed, or left out, moves the splats by at least 0.03."""
+    """Against numbers recorded when this code reproduced the official code's. Weights and image are
+    made by formula; any parameter reversed, or left out, moves the splats by at least 0.03."""
     def noise(shape, seed):                                         # mean 0, deviation 1
         x = torch.sin((torch.arange(shape.numel()).double() + 1000 * seed) * 12.9898) * 43758.5453
         return ((x - x.floor() - .5) * 12 ** .5).view(shape)
@@ -1417,8 +1198,7 @@ def test_released_weights_are_read_and_what_does_not_fit_is_named(tmp_path):
 
 
 def test_a_teacher_learns_to_be_told_and_told_nothing_stays_the_same_to_the_bit():
-    """Against the teacher without a code: before, and after a few steps of stage 0, which train the
-    encoder and the weights that read a code, all of them, and nothing else."""
+    """Against the teacher without a code; all weights that make or read one learn, no others."""
     torch.manual_seed(0)
     given, (x, cam, white) = Teacher(TINY), scene_batch(views=4)
     shake(given)
@@ -1441,8 +1221,7 @@ def test_a_teacher_learns_to_be_told_and_told_nothing_stays_the_same_to_the_bit(
 
 
 def test_the_code_follows_what_the_further_views_show():
-    """Against 0 without further views, other views, and the same in another order; the splats
-    follow the code."""
+    """Against 0 without further views, other views, and another order; splats follow it."""
     torch.manual_seed(0)
     teacher, (x, cam, white) = Teacher(TOLD), scene_batch(views=4)
     shake(teacher)
@@ -1471,36 +1250,27 @@ def scene_batch(batch=2, views=3, size=16, seed=0):
     return x, Camera(w2c, cam.K, cam.hw), torch.ones(3)
 
 
-def test_the_teacher_stays_frozen_but_the_cycle_passes_gradients_through_it():
-    """Against the teacher's bytes before, and against a zero gradient at the rendered view."""
-    torch.manual_seed(0)
-    x, cam, white = scene_batch()
-    teacher = Teacher(TINY).requires_grad_(False)
-    before = deepcopy(teacher.state_dict())
-    x_hat = x.clone().requires_grad_()
-    train.cycle_loss(lambda image, K: teacher.gaussians(teacher(image[:, None]), K),
-                     x, x_hat, cam, white).backward()
-    assert x_hat.grad[:, 1].abs().sum() > 0 and x_hat.grad[:, [0, 2]].abs().sum() == 0
-    assert all(torch.equal(before[k], v) for k, v in teacher.state_dict().items())
-
-
-def test_the_cycle_looks_from_the_source_at_splats_of_the_target_frame():
-    """Against the picture itself: splats that are right in the target's frame show the source."""
-    g, cam = benchmark_scene(2, 2, 30, 16)
-    white = torch.ones(3)
-    w2c = cam.w2c @ invert_pose(cam.w2c[:, :1])
+def test_the_cycle_looks_at_splats_of_the_target_frame_and_passes_gradients_to_that_view():
+    """Against the picture itself: splats that are right in the target's frame show the source; and
+    a frozen teacher's gradient is 0 but for the view that it looks at."""
+    g, cam = benchmark_scene(2, 3, 30, 16)
+    white, w2c = torch.ones(3), cam.w2c @ invert_pose(cam.w2c[:, :1])
     g_source = transform(g, cam.w2c[:, 0])                            # world = source
     cam = Camera(w2c, cam.K, cam.hw)
     x = render(g_source, cam, white)[0]
     in_target = transform(g_source, w2c[:, 1])
     assert train.cycle_loss(lambda image, K: in_target, x, x, cam, white) < 1e-8
+    torch.manual_seed(0)
+    teacher, x_hat = Teacher(TINY).requires_grad_(False), x.clone().requires_grad_()
+    train.cycle_loss(lambda image, K: teacher.gaussians(teacher(image[:, None]), K),
+                     x, x_hat, cam, white).backward()
+    assert x_hat.grad[:, 1].abs().sum() > 0 and x_hat.grad[:, [0, 2]].abs().sum() == 0
 
 
 @told_or_not
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_stage_returns_finite_losses_and_trains_only_the_student(stage, shape):
-    """Against NaN, gradients where there must be none, and the sum of the terms by their weights;
-    the views that are only told are not judged; a cycle of weight 0 is not computed."""
+    """Against NaN, the sum of the terms by weight; views that are only told are not judged."""
     torch.manual_seed(0)
     x, cam, white = scene_batch(views=4)
     teacher, denoiser = Teacher(shape).requires_grad_(False), Denoiser(shape)
@@ -1584,23 +1354,6 @@ def test_flags_have_the_types_of_config(capsys):
     assert all(f"    {f.name}: " in said for f in train.fields(train.Config))
 
 
-def test_one_car_is_learnt_by_heart(cars):
-    """Against the first loss: 40 steps of stage 0 on one object cut it to less than a third."""
-    torch.manual_seed(0)
-    views = data.load(cars, "cars", "train", 16)
-    teacher, white, cfg = Teacher(TINY), torch.ones(3), train.Config(code=0)
-    optimiser, losses = torch.optim.Adam(teacher.parameters(), 3e-3), []
-    index = (views.start[0] + torch.arange(4))[None]                          # (1, V)
-    x, cam = data.gather(views, index)
-    for _ in range(40):
-        loss = train.stage_0(teacher, x, cam, white, None, None, cfg)["loss"]
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        losses.append(float(loss.detach()))
-    assert losses[-1] < losses[0] / 3
-
-
 def small_step(device, stages=(0, 1, 2), count=20, **flags):
     """-> losses of `count` steps of these stages on random images, by make_step."""
     given = dict(size=16, width=16, mult=(1, 2), attn=8, batch=(4, 4, 2), views=2, told=1, steps=3,
@@ -1634,8 +1387,7 @@ def test_keeping_only_the_splats_between_steps_changes_nothing():
 @pytest.mark.parametrize("bf16, compiled, code", [
     (False, False, 0), (False, False, 4), (True, False, 4), (True, True, 4)])
 def test_a_captured_step_trains_like_an_eager_one(bf16, compiled, code):
-    """Against the step as it is written: the losses of 20 steps. Compiling all stages takes
-    minutes, so it is done for one."""
+    """Against 20 steps as written; compiling takes minutes, so it is done for one stage."""
     flags = dict(bf16=bf16, stages=[1] if compiled else [0, 1, 2], code=code)
     torch.testing.assert_close(small_step("cuda", graph=True, compile=compiled, **flags),
                                small_step("cuda", **flags),
@@ -1669,25 +1421,20 @@ def test_psnr_and_ssim_of_known_pairs():
     y = (x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1)))
     assert torch.allclose(sample.psnr(x + 0.1, x), torch.tensor(20.0), atol=1e-3)
     assert torch.allclose(sample.ssim(x, x), torch.tensor(1.0))
-    w = np.exp(-(np.arange(11) - 5.0) ** 2 / 4.5)
-    w = np.outer(w, w) / w.sum() ** 2
-    a, b = (np.pad(z.double().numpy(), ((0, 0), (0, 0), (5, 5), (5, 5))) for z in (x, y))
-    total = np.zeros(2)
-    for i in range(16):
-        for j in range(16):
-            p, q = a[:, :, i:i + 11, j:j + 11], b[:, :, i:i + 11, j:j + 11]
-            mean = lambda z: (w * z).sum((2, 3))                              # (2, 3)
-            mp, mq = mean(p), mean(q)
-            spread = mean(p * p) - mp ** 2 + mean(q * q) - mq ** 2
-            value = ((2 * mp * mq + 1e-4) * (2 * (mean(p * q) - mp * mq) + 9e-4)
-                     / ((mp ** 2 + mq ** 2 + 1e-4) * (spread + 9e-4)))
-            total += value.mean(1)
-    assert np.allclose(sample.ssim(x, y).numpy(), total / 256, atol=1e-5)
+    w = torch.exp(-(torch.arange(11).double() - 5) ** 2 / 4.5)
+    w = torch.outer(w, w).flatten()[:, None] / w.sum() ** 2                   # (121, 1)
+    p, q = (torch.nn.functional.unfold(z.double().flatten(0, 1)[:, None], 11, padding=5)
+            for z in (x, y))                                                  # (6, 121, 256)
+    mean = lambda z: (w * z).sum(1)                                           # (6, 256)
+    mp, mq = mean(p), mean(q)
+    spread = mean(p * p) - mp ** 2 + mean(q * q) - mq ** 2
+    each = ((2 * mp * mq + 1e-4) * (2 * (mean(p * q) - mp * mq) + 9e-4)
+            / ((mp ** 2 + mq ** 2 + 1e-4) * (spread + 9e-4)))
+    assert torch.allclose(sample.ssim(x, y).double(), each.view(2, -1).mean(1), atol=1e-5)
 
 
 def test_the_paint_of_a_door_is_told_from_mud():
-    """Against blends of a picture with an amber door and one with a blue one: q is the share of
-    amber; what is the same in both pictures does not count."""
+    """Against blends of an amber and a blue picture; what both share does not count."""
     gen = torch.Generator().manual_seed(0)
     amber = torch.rand(3, 16, 16, generator=gen)
     blue = amber.clone()
@@ -1699,10 +1446,8 @@ def test_the_paint_of_a_door_is_told_from_mud():
         both = [toys.cars.door_scores(x_hat, truth, amber, blue) for truth in (amber, blue)]
         return both[0], both[1].pop("true")
     for q, both, decided, share, true in [
-            ([1.], 0, 1, 1, (1, 0)), ([0.], 0, 1, 0, (0, 1)), ([.5], 0, 0, None, (0, 0)),
-            ([1., 0.], 1, 1, .5, (.5, .5)), ([1., .9, .8], 0, 1, 1, (1, 0)),
-            ([.8, .2, .5, .6], 1, .5, None, (.25, .25)), ([.7, .3], 0, 0, .5, (0, 0)),
-            ([1.4, -.3], 1, 1, .5, (.5, .5))]:
+            ([0.], 0, 1, 0, (0, 1)), ([.5], 0, 0, None, (0, 0)), ([1., .9, .8], 0, 1, 1, (1, 0)),
+            ([.8, .2, .5, .6], 1, .5, None, (.25, .25)), ([1.4, -.3], 1, 1, .5, (.5, .5))]:
         got, true_if_blue = scores(*q)
         assert (got["both"], got["decided"]) == (both, decided), q
         assert share is None or got["amber"] == share, q
@@ -1710,9 +1455,7 @@ def test_the_paint_of_a_door_is_told_from_mud():
 
 
 def test_what_a_nearer_plane_covers_is_hidden():
-    """Against geometry by hand: a small wall at depth 1 before a large one at depth 2. Of the far
-    wall a camera that is moved aside sees a part which the source does not; the source's own view
-    hides nothing."""
+    """Against geometry by hand: what a small wall hides of a large one behind it."""
     W, f = 32, 32.0
     K = torch.tensor([f, f, W / 2, W / 2]).expand(1, 2, 4)
     w2c = torch.eye(4).repeat(1, 2, 1, 1)
@@ -1732,23 +1475,8 @@ def test_what_a_nearer_plane_covers_is_hidden():
     assert torch.equal(hidden[1][4:], shadow[4:]) and not hidden[1, :4].any()
 
 
-def test_the_views_that_tell_are_the_source_and_others_once_each(cars):
-    """Against the indices of the object's views: source first, n others, none twice; all of them
-    where there are fewer; the same ones again."""
-    views = data.load(cars, "cars", "test", 16, quiet=True)
-    views = data.replace(views, start=torch.tensor([0, 120, 251]), names=["a", "b"])
-    for o, (first, last) in enumerate([(0, 120), (120, 251)]):
-        index = sample.told_views(views, o, 8).tolist()
-        assert index[0] == first + 64 and len(index) == len(set(index)) == 9
-        assert all(first <= i < last for i in index)
-        assert sample.told_views(views, o, 8).tolist() == index
-        assert sorted(sample.told_views(views, o, 999).tolist()) == list(range(first, last))
-
-
 def test_scores_of_samples_are_what_they_are_called(cars):
-    """Against renderings of two known samples, by hand: PSNR of one, of the best and of the mean
-    image; the deviation where the source does not see; a picture all black (CO3D's without a mask)
-    is not scored; doors are scored where there are doors."""
+    """Against two known samples, by hand; black pictures (CO3D without a mask) do not count."""
     views, white = data.load(cars, "cars", "test", 16, quiet=True), torch.ones(3)
     views = data.replace(views, images=views.images.clone(), meta=dict(views.meta))
     cfg = train.Config(size=16, device="cpu")
@@ -1837,8 +1565,7 @@ def test_controls_and_guided_samples_come_nearer_to_the_view_that_they_are_given
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
 def test_samples_drawn_together_are_those_drawn_one_by_one(device):
-    """Against `Denoiser.sample`, an object and a sample at a time; on a GPU the later ones come
-    from a graph."""
+    """Against `Denoiser.sample`, one at a time; on a GPU the later ones come from a graph."""
     torch.manual_seed(0)
     x, cam, white = (y.to(device) for y in scene_batch(batch=5))
     denoiser = Denoiser(TINY).to(device)
@@ -1916,9 +1643,6 @@ def test_training_leaves_a_table_a_preview_and_the_word_procedural(trained):
     controls = subprocess.run([sys.executable, HERE / "toys/controls.py", out], check=True,
                               capture_output=True, text=True, cwd=HERE).stdout
     assert "teacher, optimised on 1" in controls and "teacher, told 1 view" in controls
-    none = subprocess.run([sys.executable, HERE / "toys/controls.py", out / "none"],
-                          capture_output=True, text=True, cwd=HERE)
-    assert none.returncode == 1 and none.stderr.startswith("error: ")
 
 
 def test_interrupted_training_goes_on_bitwise(trained, cars, tmp_path):
@@ -1956,8 +1680,7 @@ def scores_of(row):
 
 
 def test_released_weights_take_the_place_of_stage_0_in_the_papers_recipe(cars, tmp_path):
-    """Against the two stages and the table, with a student of another shape; the teacher's row is
-    there before any training, with --eval_only, and follows the file."""
+    """Against two stages and the table; the teacher's row needs no training, follows the file."""
     def write(seed):
         torch.manual_seed(seed)
         released(Teacher(ModelConfig(16, 16, (1, 2), 1, 8)).unet, tmp_path / "model_cars.pth")
@@ -1981,8 +1704,7 @@ def test_released_weights_take_the_place_of_stage_0_in_the_papers_recipe(cars, t
 
 
 def test_a_teacher_that_is_given_is_taught_to_be_told(cars, tmp_path):
-    """Against the same file in the paper's recipe: its row is the same to the last digit, although
-    stage 0, stopped once on its way, has taught it to be told; then the student learns from it."""
+    """Against its row in the paper's recipe, to the last digit, after an interrupted stage 0."""
     torch.manual_seed(0)
     released(Teacher(data.replace(TINY, near=0.8, far=1.8)).unet, tmp_path / "model_cars.pth")
     flags = [*SMALL, f"--root={cars}", f"--teacher={tmp_path}/model_cars.pth"]
@@ -2007,17 +1729,10 @@ def test_a_teacher_that_is_given_is_taught_to_be_told(cars, tmp_path):
     # as if it had been killed between the two last writes of stage 0
     (tmp_path / "ours/resume.pt").write_bytes(inside)
     script("train", *taught)
-    # it can be told now, so that in another run it needs no stage 0, and neither if it is not told
-    for k, code, stages in ("again", 8, [1]), ("silent", 0, [1]):
-        script("train", *SMALL, f"--root={cars}", f"--teacher={tmp_path}/ours/teacher.pt",
-               f"--code={code}", f"--out={tmp_path}/{k}", "--iters=(2,1,0)")
-        assert [r["stage"] for r in records(tmp_path / k)] == stages
-        rows = json.loads((tmp_path / k / "results.json").read_text())["table"]
-        assert scores_of(rows["teacher"]) == scores_of(ours["teacher"])
-    assert load_network(tmp_path / "silent/stage_1.pt", Denoiser)[0].unet.read is None
-    assert "--code=8" in script("train", *SMALL, f"--root={cars}", "--code=4",
-                                     f"--teacher={tmp_path}/ours/teacher.pt",
-                                     f"--out={tmp_path}/four", ok=False)
+    # it can be told now, so that another run needs no stage 0
+    script("train", *flags[:-1], f"--teacher={tmp_path}/ours/teacher.pt", "--iters=(2,1,0)",
+           f"--out={tmp_path}/again")
+    assert [r["stage"] for r in records(tmp_path / "again")] == [1]
 
 
 def test_a_folder_of_ones_own_is_trained_on_with_a_teacher_of_ours(trained, tmp_path):
@@ -2040,18 +1755,12 @@ def test_a_folder_of_ones_own_is_trained_on_with_a_teacher_of_ours(trained, tmp_
     assert not any({"both", "decided", "amber"} & set(r) for r in rows.values())
 
 
-def two_processes(*args, name="train", timeout=None):
-    """A script behind torchrun, as two processes on the CPU -> what came of it."""
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                           "--nproc_per_node=2", str(HERE / f"{name}.py"), *args, *SMALL],
-                          env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-                          capture_output=True, text=True, timeout=timeout)
-
-
 def test_two_processes_train_like_one_and_one_goes_on(trained, cars, tmp_path):
-    """Against one process: the same losses and gradients but for rounding, while two share the
-    batch; they are stopped inside stage 1, and one alone goes on from there to the end."""
-    run = two_processes(f"--root={cars}", f"--out={tmp_path}", "--max_steps=6")
+    """Against one process but for rounding; stopped in stage 1, one alone goes on to the end."""
+    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                          "--nproc_per_node=2", str(HERE / "train.py"), *SMALL, f"--root={cars}",
+                          f"--out={tmp_path}", "--max_steps=6"], capture_output=True, text=True,
+                         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
     assert run.stdout.count("device: 2 x CPU") == 1, run.stdout + run.stderr
     assert "stopped and saved" in run.stderr and (tmp_path / "resume.pt").exists()
     script("train", *SMALL, f"--root={cars}", f"--out={tmp_path}")
@@ -2060,13 +1769,6 @@ def test_two_processes_train_like_one_and_one_goes_on(trained, cars, tmp_path):
         if (one["stage"], one["step"]) <= (1, 1):   # later, Adam has followed signs of tiny
             for k in ("loss", "grad_norm"):         # gradients, which rounding turns
                 assert both[k] == pytest.approx(one[k], rel=1e-2), (k, one, both)
-
-
-def test_two_processes_time_their_steps_together_and_one_speaks():
-    """Against a table for each, or two that wait for each other for ever."""
-    run = two_processes("0", "1", "2", name="csrc/bench", timeout=300)
-    rows = [line.split(",")[0] for line in run.stdout.splitlines() if line.startswith("stage")]
-    assert rows == ["stage 0", "stage 1", "stage 2"], run.stdout + run.stderr
 
 
 def test_a_killed_writer_never_leaves_half_a_checkpoint(tmp_path):
@@ -2152,8 +1854,7 @@ def shipped(name, cls):
 
 
 def test_the_samples_of_the_shipped_weights_show_both_doors():
-    """Against mud: of 8 samples of assets/car.png, seen from the side that it hides, one has an
-    amber door and another a blue one. The weights before had 8 times the same mixture."""
+    """Against mud: of 8 samples one shows an amber hidden door and another a blue one."""
     denoiser, K = shipped("cars.pt", Denoiser)
     pixels, _ = sample.prepare(HERE / "assets" / "car.png", 64, (1., 1., 1.))
     x_src = torch.from_numpy(pixels).movedim(-1, 0)[None].expand(8, -1, -1, -1) / 255
@@ -2168,8 +1869,7 @@ def test_the_samples_of_the_shipped_weights_show_both_doors():
 
 
 def test_the_told_teachers_door_is_the_one_it_is_told(cars):
-    """Against the truth of a held-out car whose hidden door is amber, and of its twin whose door is
-    blue: told one picture of that door, the shipped teacher paints it; told nothing, mud."""
+    """Against a held-out car's amber door and its twin's blue one; told nothing, mud."""
     teacher, _ = shipped("teacher.pt", Teacher)
     views = data.load(cars, "cars", "test", 64)
     v, amber, blue = toys.cars.door_pair(views, 0)
@@ -2187,25 +1887,6 @@ def test_the_told_teachers_door_is_the_one_it_is_told(cars):
     assert one["both"] == 1 and one["decided"] == 1 and one["amber"] == 0.5
     assert toys.cars.door_scores(told[:1], amber, amber, blue)["true"] == 1   # not the twin's
     assert toys.cars.door_scores(nothing, amber, amber, blue)["decided"] == 0
-
-
-def test_a_picture_of_something_else_is_warned_of(tmp_path):
-    """Against a car that was not trained on, and stripes where a car would be."""
-    stripes = np.full((128, 128, 3), 255, np.uint8)
-    stripes[44:88, 20:108] = np.where(np.arange(88) // 4 % 2, 230, 20)[None, :, None] * [1, .4, .1]
-    Image.fromarray(stripes).save(tmp_path / "stripes.png")
-    said = script("sample", tmp_path / "stripes.png", HERE / "assets/car.png", "--samples=1",
-                  "--frames=2", f"--weights={HERE}/weights/cars.pt", cwd=tmp_path)
-    warnings = [line for line in said.splitlines() if line.startswith("warning")]
-    assert len(warnings) == 1 and "stripes.png" in warnings[0] and "know cars" in warnings[0]
-
-
-def test_the_weights_are_the_shipped_ones_whatever_lies_in_out(tmp_path, monkeypatch):
-    """Against a newer out/cars/stage_2.pt where it runs."""
-    (tmp_path / "out" / "cars").mkdir(parents=True)
-    (tmp_path / "out" / "cars" / "stage_2.pt").write_text("newer")
-    monkeypatch.chdir(tmp_path)
-    assert sample.arguments().parse_args(["x.png"]).weights == HERE / "weights" / "cars.pt"
 
 
 def test_sampling_writes_pictures_and_splats_and_repeats_itself(trained, tmp_path):
@@ -2228,8 +1909,8 @@ def test_sampling_writes_pictures_and_splats_and_repeats_itself(trained, tmp_pat
 
 def test_sampling_takes_the_steps_of_training_or_those_it_is_given(trained, cars, tmp_path,
                                                                    monkeypatch):
-    """Against --steps=3, which trained, and --steps=1; the table may be made with others, too."""
-    image, out = pictures(tmp_path)[0], shutil.copytree(trained[0], tmp_path / "out")
+    """Against --steps=3, which trained, and --steps=1; training does not go on with others."""
+    image, out = pictures(tmp_path)[0], trained[0]
     plys = []
     for k, more in enumerate([[], ["--steps=3"], ["--steps=1"]]):
         monkeypatch.setattr(sys, "argv", [
@@ -2238,17 +1919,12 @@ def test_sampling_takes_the_steps_of_training_or_those_it_is_given(trained, cars
         sample.main()
         plys.append((tmp_path / str(k) / "sample_0.ply").read_bytes())
     assert plys[0] == plys[1] != plys[2]
-    rows = lambda: json.loads((out / "results.json").read_text())["table"]
-    three = rows()
-    script("train", *SMALL, f"--root={cars}", f"--out={out}", "--eval_only", "--steps=1")
-    assert rows()["teacher"] == three["teacher"] and rows()["stage 2"] != three["stage 2"]
     assert "steps: 3 -> 1" in script("train", *SMALL, f"--root={cars}", f"--out={out}", "--steps=1",
                                      ok=False)
 
 
 def test_guidance_is_the_error_against_the_views_after_the_first():
-    """Against pictures of the very splats, 0; against grey ones, the mean square by hand; and the
-    gradient reaches the splats."""
+    """Against 0 for the splats' own pictures, the mean square by hand, a gradient."""
     torch.manual_seed(0)
     denoiser = Denoiser(ModelConfig(16, 8, (1, 2), 1, 8))
     s, K = random_splats(), pinhole(16)                                       # (2, 24, 16, 16)
@@ -2273,8 +1949,7 @@ def relative_pose(folder, source, other):
 
 def test_an_object_and_its_pictures_with_poses_give_the_same_files(tiny, cars, tmp_path,
                                                                    monkeypatch):
-    """Against each other to the byte, but for the page's title; against no guidance; and guided
-    samples are nearer to the view that guides."""
+    """Against each other to the byte, but for the page's title; and against no guidance."""
     folder = cars / "cars" / "cars_test" / "test_00000"
     rgb = folder / "rgb"
     meta = load_network(tiny, Denoiser)[1]
@@ -2296,35 +1971,14 @@ def test_an_object_and_its_pictures_with_poses_give_the_same_files(tiny, cars, t
     assert (tmp_path / "a/sample_0.ply").read_bytes() != (tmp_path / "c/sample_0.ply").read_bytes()
 
 
-def test_guided_samples_are_nearer_to_the_view_that_guides(cars):
-    """Against the same noise without guidance: the error at the end is smaller for each sample."""
-    torch.manual_seed(0)
-    cfg = ModelConfig(16, 8, (1, 2), 1, 8)
-    denoiser = Denoiser(cfg)
-    meta = dict(K=[16.4, 16.4, 8., 8.], background=[1., 1., 1.])
-    flags = ["x", "--views=64,104,20", "--samples=3", "--device=cpu", "--steps=10"]
-    a = sample.arguments().parse_args(flags)
-    folder = cars / "cars" / "cars_test" / "test_00000"
-    pixels, cam = sample.read_views(folder, 16, meta, a)
-    assert pixels.shape == (3, 16, 16, 3)
-    views = data.load(cars, "cars", "test", 16, quiet=True)
-    x, expected = data.gather(views, torch.tensor([[64, 104, 20]]))
-    assert torch.allclose(cam.w2c, expected.w2c, atol=1e-6) and torch.equal(cam.K, expected.K)
-    assert torch.equal(torch.from_numpy(pixels).movedim(-1, 1)[None] / 255, x)
-    guide = sample.guidance(denoiser, x, cam, torch.ones(3))
-    errors = [guide(sample.trajectory(denoiser, x[:, 0], g, a)[-1][2]) for g in (guide, None)]
-    assert (errors[0] < errors[1]).all()
-
-
 def test_bad_views_and_poses_are_one_clear_line(tiny, cars, tmp_path, monkeypatch):
     """Against tracebacks: each names the file or the flag, and nothing is written."""
     folder = cars / "cars" / "cars_test" / "test_00000"
     picture = folder / "rgb" / "000064.png"
     good = tmp_path / "good.txt"
     np.savetxt(good, np.eye(4))
-    poses = dict(few="1 2 3", words="a " * 16, nan="nan " * 16, zero="0 " * 16)
-    poses["mirror"] = "-1 0 0 0  0 1 0 0  0 0 1 0  0 0 0 1"
-    poses["last"] = "1 0 0 0  0 1 0 0  0 0 1 0  0 0 1 1"
+    poses = dict(few="1 2 3", words="a " * 16, nan="nan " * 16,
+                 mirror="-1 0 0 0  0 1 0 0  0 0 1 0  0 0 0 1")
     for name, text in poses.items():
         (tmp_path / f"{name}.txt").write_text(text)
     Image.new("RGB", (20, 10)).save(tmp_path / "wide.png")
@@ -2333,26 +1987,15 @@ def test_bad_views_and_poses_are_one_clear_line(tiny, cars, tmp_path, monkeypatc
     view = ["--view", picture, "--pose"]
     cases = [([picture, *view, tmp_path / f"{name}.txt"], f"{name}.txt") for name in poses]
     cases += [
-        ([picture, *view, tmp_path / "none.txt"], "none.txt"),
         ([picture, "--view", tmp_path / "none.png", "--pose", good], "none.png"),
-        ([picture, "--view", tmp_path / "wide.png", "--pose", good], "wide.png"),
         ([tmp_path / "wide.png", *view, good], "wide.png"),
-        ([picture, "--view", picture], "--pose"), ([picture, "--pose", good], "--view"),
-        ([picture, picture, *view, good], "--view"), ([folder, *view, good], "--view"),
+        ([picture, "--view", picture], "--pose"), ([picture, picture, *view, good], "--view"),
         ([picture, "--views=64,1"], "--views"), ([folder, "--views=64,251"], "0 to 250"),
-        ([folder, "--views=-1"], "--views"), ([folder, "--views=a"], "--views"),
-        ([folder, "--views="], None), ([folder, "--views=1,"], "--views"),
-        ([tmp_path / "odd"], "odd"),
-    ]
+        ([folder, "--views=a"], "--views"), ([tmp_path / "odd"], "odd")]
     for args, word in cases:
-        said = make(monkeypatch, tiny, *args, f"--out={tmp_path}/out")
-        if word:
-            assert len(said) == 1 and said[0].startswith("error: "), (args, said)
-            assert word in said[0], (args, said)
-            assert not (tmp_path / "out").exists(), args
-        else:
-            assert not said
-            shutil.rmtree(tmp_path / "out")
+        line, = make(monkeypatch, tiny, *args, f"--out={tmp_path}/out")
+        assert line.startswith("error: ") and word in line, (args, line)
+        assert not (tmp_path / "out").exists(), args
 
 
 def test_the_side_where_the_samples_differ_is_found_and_shown():
@@ -2369,10 +2012,7 @@ def test_the_side_where_the_samples_differ_is_found_and_shown():
     spread = sample.differences(g, look, 32)                                  # (24,)
     assert spread.shape == (sample.SIDES,) and spread.argmax() == sample.SIDES // 2
     assert spread[0] < 0.01 * spread[12] and spread[12] > 0.01
-    one = sample.differences(sample.one(g, 0), look, 32)
-    assert not one.any()
-    by_hand = sample.photograph(g, torch.tensor([math.pi]), look, 32)[:, 0] / 255
-    assert abs(spread[12] - (abs(by_hand[0] - by_hand[1]) / 2 ** .5).mean()) < 1e-5
+    assert not sample.differences(sample.one(g, 0), look, 32).any()
 
 
 def test_every_training_view_passes_unchanged(cars):
@@ -2395,14 +2035,16 @@ def box_of(pixels):
                     ) / len(pixels)
 
 
-@pytest.mark.parametrize("ground", [(255, 255, 255), (120, 160, 120), (250, 247, 244), None])
-@pytest.mark.parametrize("turned", [1, 6, 8])
-def test_a_subject_anywhere_on_any_plain_ground_is_framed_as_in_training(ground, turned, tmp_path):
+@pytest.mark.parametrize("ground, turned, k", [
+    ((255, 255, 255), 1, 1), ((120, 160, 120), 6, 1), ((250, 247, 244), 8, 1), (None, 6, 1),
+    (None, 1, 12)])   # of the last only every second pixel is looked at
+def test_a_subject_anywhere_on_any_plain_ground_is_framed_as_in_training(ground, turned, k,
+                                                                         tmp_path):
     """Against the framing's target, and against the same subject cut out by hand."""
     rng = np.random.default_rng(0)
-    yy, xx = np.mgrid[:120, :200]
+    yy, xx = np.mgrid[:120 * k, :200 * k] / k
     shape = ((xx - 150) / 40) ** 2 + ((yy - 30) / 20) ** 2 < 1                # an ellipse, 80 wide
-    rgba = np.zeros((120, 200, 4), np.uint8)
+    rgba = np.zeros((*shape.shape, 4), np.uint8)
     rgba[shape] = [180, 30, 40, 255]
     if ground:
         noise = 0 if ground == (255, 255, 255) else rng.normal(0, 3, (120, 200, 3))
@@ -2415,17 +2057,6 @@ def test_a_subject_anywhere_on_any_plain_ground_is_framed_as_in_training(ground,
     stored = image.transpose(back) if back else image
     stored.save(tmp_path / "x.png", exif=exif)
     assert ImageOps.exif_transpose(Image.open(tmp_path / "x.png")).size == image.size
-    pixels, notes = sample.prepare(tmp_path / "x.png", 64, (1., 1., 1.))
-    assert abs(box_of(pixels) - [sample.SHARE, *sample.MIDDLE]).max() < 0.03 and not notes
-    assert (pixels[:10] == 255).all() and abs(pixels[34, 32] - [180., 30, 40]).max() < 12
-
-
-def test_a_subject_in_a_large_picture_is_framed_as_in_training(tmp_path):
-    """Against the framing's target, where only every second pixel is looked at."""
-    rgba = np.zeros((600, 2400, 4), np.uint8)
-    yy, xx = np.mgrid[:600, :2400]
-    rgba[((xx - 1800) / 400) ** 2 + ((yy - 300) / 200) ** 2 < 1] = [180, 30, 40, 255]
-    Image.fromarray(rgba).save(tmp_path / "x.png")
     pixels, notes = sample.prepare(tmp_path / "x.png", 64, (1., 1., 1.))
     assert abs(box_of(pixels) - [sample.SHARE, *sample.MIDDLE]).max() < 0.03 and not notes
     assert (pixels[:10] == 255).all() and abs(pixels[34, 32] - [180., 30, 40]).max() < 12
@@ -2477,26 +2108,8 @@ def test_the_turntable_starts_at_the_picture_and_stays_level():
     assert torch.allclose(centre[:, 1], torch.tensor(-1.3 * math.sin(math.radians(25))))
 
 
-def test_widened_splats_look_at_any_size_as_they_did_in_training():
-    """Against the rendering at the training size: 4 times the pixels, averaged, are closer to it
-    than those of the splats as they were, which have gaps."""
-    look = dict(distance=1.3, elevation=0., near=NEAR, focal=131.25 / 128,
-                background=[1., 1., 1.])
-    y, x = torch.meshgrid(*[torch.linspace(-.3, .3, 31)] * 2, indexing="ij")
-    xyz = torch.stack([x, y, 0 * x], -1).view(1, -1, 3)                       # a sheet: 1 a pixel
-    N = xyz.shape[1]
-    g = Gaussians(xyz, torch.full((1, N, 3), 1e-3), torch.tensor([1., 0, 0, 0]).expand(1, N, 4),
-                  torch.full((1, N), 0.9), torch.zeros(1, N, 1, 3))
-    def seen(g, side):
-        pixels = sample.photograph(g, torch.zeros(1), look, side)[0, 0] / 255
-        return pixels.reshape(64, side // 64, 64, side // 64, 3).mean((1, 3))
-    trained, wide = seen(g, 64), sample.widen(g, look, 64)
-    assert abs(seen(wide, 256) - trained).mean() < 0.2 * abs(seen(g, 256) - trained).mean()
-
-
 def test_the_viewer_gets_every_state_from_noise_to_the_result(tiny, tmp_path, monkeypatch):
-    """Against what a model of its flags makes, in the frame of the .ply: pure noise first, the
-    result last."""
+    """Against a model of its flags: pure noise first, the result of the .ply last."""
     got = []
     monkeypatch.setattr(sample, "viewer_html", lambda *args: got.append(args) or "<html>")
     image = pictures(tmp_path)[0]
@@ -2526,10 +2139,8 @@ def test_several_pictures_have_a_folder_each(tiny, tmp_path, monkeypatch):
     assert not make(monkeypatch, tiny, "photo.jpg", "--out=alone")
     for path in Path("alone").iterdir():
         assert path.read_bytes() == Path("out/photo", path.name).read_bytes()
-    assert len(make(monkeypatch, tiny, "grey.png", "photo.jpg", "--out=x")) == 1
-    (tmp_path / "more").mkdir()
-    shutil.copy("photo.jpg", "more/grey.jpg")
-    said = make(monkeypatch, tiny, "grey.png", "more/grey.jpg")
+    shutil.copy("photo.jpg", "grey.jpg")
+    said = make(monkeypatch, tiny, "grey.png", "grey.jpg")
     assert len(said) == 1 and "two pictures of one name" in said[0]
 
 
@@ -2557,44 +2168,33 @@ def hostile(folder):
         file = io.BytesIO()
         image.save(file, kind, **more)
         return file.getvalue()
-    photo = Image.fromarray(noise(40, 60, 4))
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    rgb, clear = photo.convert("RGB"), Image.new("RGBA", (30, 30))
+    photo, long = Image.fromarray(noise(40, 60, 4)), np.full((10, 20_000, 3), 255, np.uint8)
+    long[:, 5_000:9_000] = 0
+    rgb = photo.convert("RGB")
+    png, jpg = saved(rgb, "PNG"), saved(rgb, "JPEG")
     write("ok_cmyk.jpg", saved(photo.convert("CMYK"), "JPEG"))
-    write("ok_exif.jpg", saved(rgb, "JPEG", exif=exif))
     write("ok_odd_exif.jpg", saved(rgb, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff"))
-    write("ok_no_exif.jpg", saved(rgb, "JPEG", exif=b"Exif\0\0nonsense"))
     write("ok_animated.gif", saved(rgb, "GIF", save_all=True, append_images=[rgb, rgb]))
-    write("ok_deep.png", saved(Image.fromarray(noise(40, 60).astype(np.uint16) * 257), "PNG"))
     write("ok_float.tiff", saved(Image.fromarray(noise(40, 60).astype(np.float32)), "TIFF"))
     write("ok_two.png", saved(Image.fromarray(noise(1, 2, 3)), "PNG"))
     write("ok_bit.png", saved(Image.fromarray(noise(40, 60) > 99), "PNG"))
     write("ok_key.png", saved(rgb, "PNG", transparency=(0, 0, 0)))
-    write("ok_lies.jpg", saved(rgb, "PNG"))
-    long = np.full((10, 20_000, 3), 255, np.uint8)
-    long[:, 5_000:9_000] = 0
     write("ok_long.png", saved(Image.fromarray(long), "PNG"))
-    write("ok_tall.png", saved(Image.fromarray(long.swapaxes(0, 1)), "PNG"))
-    write("ok_Grüße 'x' <b>.png", saved(rgb, "PNG"))
-    write("new\nline.png", saved(rgb, "PNG"))
-    write(os.fsdecode(b"no\xff.png"), saved(rgb, "PNG"))
+    write("ok_Grüße 'x' <b>.png", png)
+    write("new\nline.png", png)
+    write(os.fsdecode(b"no\xff.png"), png)
     write("pixel.png", saved(Image.new("RGB", (1, 1)), "PNG"))
-    write("clear.png", saved(clear, "PNG"))
-    write("white.png", saved(Image.new("RGB", (50, 50), "white"), "PNG"))
-    write("bomb.png", saved(Image.new("1", (12_000, 12_000)), "PNG"))
+    write("clear.png", saved(Image.new("RGBA", (30, 30)), "PNG"))
     write("huge.png", saved(Image.new("1", (20_000, 20_000)), "PNG"))
     write("text.png", b"I am a letter, not a picture")
     write("empty.png", b"")
     (folder / "gone.png").symlink_to(folder / "nowhere")
     (folder / "folder.png").mkdir()
-    for name, whole in (("png", saved(rgb, "PNG")), ("jpg", saved(rgb, "JPEG"))):
-        for k in range(8):
-            write(f"random_{k}.{name}", noise(300).tobytes())
-            write(f"short_{k}.{name}", whole[:int(len(whole) * rng.uniform(0, .9))])
-            bits = np.frombuffer(whole, np.uint8).copy()   # these may well be readable
-            bits[rng.integers(0, len(bits), 5)] = noise(5)
-            write(f"flip_{k}.{name}", bits.tobytes())
+    for k in range(4):
+        write(f"short_{k}.png", png[:int(len(png) * rng.uniform(0, .9))])
+        bits = np.frombuffer(jpg, np.uint8).copy()   # these may well be readable
+        bits[rng.integers(0, len(bits), 5)] = noise(5)
+        write(f"flip_{k}.jpg", bits.tobytes())
 
 
 def test_hostile_files_cost_one_line_each_and_no_good_one(tiny, tmp_path, monkeypatch, capsys):
@@ -2610,7 +2210,7 @@ def test_hostile_files_cost_one_line_each_and_no_good_one(tiny, tmp_path, monkey
         assert len(lines) <= 1, lines
         said += lines
         made |= set() if lines else {path.name}
-    assert len(files) >= 70 and all(line.startswith("error: ") for line in said)
+    assert all(line.startswith("error: ") for line in said)
     assert all(p.name in made or p.stem in made for p in files if p.name.startswith("ok"))
     for p in files:
         lines = sum(p.name in line or repr(p.name)[1:-1] in line for line in said)
@@ -2629,7 +2229,6 @@ def test_bad_input_is_one_clear_line(trained, cars, tmp_path, monkeypatch):
     out, _ = trained
     image = pictures(tmp_path)[0]
     (tmp_path / "broken.png").write_bytes(image.read_bytes()[:200])
-    (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "not.pt").write_bytes(b"not a checkpoint")
     torch.save(dict(a=1), tmp_path / "other.pt")
     (tmp_path / "file").write_text("")
@@ -2637,29 +2236,22 @@ def test_bad_input_is_one_clear_line(trained, cars, tmp_path, monkeypatch):
     weights = ["--weights", out / "stage_2.pt", "--device", "cpu"]
     cases = [
         ("train", ["--epochs=3"], "--epochs"), ("train", ["--lr=fast"], "--lr"),
-        ("train", ["--mult=3"], "--mult"), ("train", ["--size=30"], "--size=30"),
-        ("train", ["--views=1"], "--views"), ("train", ["--weighting=best"], "--weighting"),
-        ("train", ["--dataset=planes"], "planes"),
-        ("train", ["--dataset=chairs", f"--root={tmp_path}"], "chairs"),
-        ("train", ["--device=warp"], "--device=warp"),
+        ("train", ["--size=30"], "--size=30"), ("train", ["--views=1"], "--views"),
+        ("train", ["--dataset=planes"], "planes"), ("train", ["--device=warp"], "--device=warp"),
         ("train", ["--batch=(1,2,2)"], "--batch=(1, 2, 2)"), ("train", ["--told=0"], "1 or more"),
-        ("train", ["--iters=(0,5,0)"], "--teacher must name"), ("train", ["--lr=(1,2"], "--lr"),
-        ("train", ["--init=a.pt", "--teacher=b.pt"], "--init"),
-        ("train", ["--t_star=99"], "--t_star=99"), ("train", ["--t_known=100"], "--t_known=100"),
+        ("train", ["--iters=(0,5,0)"], "--teacher must name"),
+        ("train", ["--t_known=100"], "--t_known=100"),
         ("train", ["--graph", "--device=cpu"], "--graph"),
         ("train", [*SMALL, f"--root={cars}", f"--out={out}", "--seed=1"], "seed: 0 -> 1"),
         ("train", [*SMALL, f"--root={cars}", f"--out={tmp_path}/none", "--eval_only"],
          "teacher.pt"),
-        ("sample", [tmp_path / "none.png", *weights], "none.png"),
         ("sample", [tmp_path / "broken.png", *weights], "broken.png"),
-        ("sample", [tmp_path / "empty.png", *weights], "empty.png"),
         ("sample", [image, "--weights", tmp_path / "none.pt"], "none.pt"),
         ("sample", [image, "--weights", tmp_path / "not.pt"], "not.pt"),
         ("sample", [image, "--weights", tmp_path / "other.pt"], "other.pt"),
         ("sample", [image, "--weights", out / "teacher.pt"], "teacher.pt"),
         ("sample", [image, *weights, "--out", tmp_path / "file"], "file"),
         ("sample", [image, *weights, "--samples", "0"], "--samples"),
-        ("sample", [image, *weights, "--frames", "0"], "--frames"),
     ]
     for name, args, word in cases:
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, args)])
@@ -2697,7 +2289,6 @@ class Page:
             preexec_fn=pipes, pass_fds=(3, 4), stderr=subprocess.DEVNULL)
         os.close(theirs), os.close(also_theirs)
         self.session, self.calls, self.buffer, self.complaints = {}, 0, b"", []
-        self("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
         target = self("Target.createTarget", url="about:blank")["targetId"]
         self.session = dict(sessionId=self("Target.attachToTarget", targetId=target,
                                            flatten=True)["sessionId"])
@@ -2738,17 +2329,6 @@ class Page:
         return self.js(f"(r => [r.x, r.y, r.width, r.height])"
                        f"(document.querySelector({query!r}).getBoundingClientRect())")
 
-    def mouse(self, *points):
-        """Press at the first point, go through the others, let go at the last."""
-        kinds = ["mousePressed", *["mouseMoved"] * (len(points) - 1), "mouseReleased"]
-        for kind, (x, y) in zip(kinds, [*points, points[-1]], strict=True):
-            self("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left",
-                 clickCount=1)
-
-    def click(self, query):
-        x, y, w, h = self.box(query)
-        self.mouse((x + w / 2, y + h / 2))
-
     def shot(self):
         """What the canvas shows -> (h, w, 3) in [0, 1]; and the page has not complained so far."""
         self.js("new Promise(f => requestAnimationFrame(() => requestAnimationFrame(f)))")
@@ -2767,8 +2347,7 @@ class Page:
 
 
 def upright_scene(N, seed=0):
-    """Gaussians around the origin with what is awkward to draw: off screen, behind the near plane,
-    large, thin, opaque, too faint, of negative colour."""
+    """Gaussians off screen, near, large, thin, opaque, too faint, of negative colour."""
     g, _ = benchmark_scene(1, 1, N, 64)
     rng = torch.Generator().manual_seed(seed)
     sh = g.sh + 0.5 * torch.randn(g.sh.shape, generator=rng)                  # (1, N, 4, 3)
@@ -2782,134 +2361,54 @@ def upright_scene(N, seed=0):
 
 @pytest.fixture(scope="module")
 def viewer(tmp_path_factory):
-    """The page with two objects, the first of three states, in a browser -> page, objects, folder.
-    The names would end the script, were they not escaped."""
+    """The page with two objects, the first of three states, in a browser -> page, objects."""
     if not BROWSER:
         pytest.skip("no Chromium")
     folder = tmp_path_factory.mktemp("viewer")
     g = upright_scene(1500)
     states = [g._replace(xyz=g.xyz * k) for k in (0.5, 0.75, 1.0)]
-    objects = {"</script>&amp;": states, "teacher": [upright_scene(900, seed=1)]}
+    objects = {"sample": states, "teacher": [upright_scene(900, seed=1)]}
     page, path = Page(folder), folder / "viewer #1.html"
     red = sample.png(np.full((40, 40, 3), [255, 0, 0], np.uint8))
-    path.write_text(sample.viewer_html("</script><b>.png", red, objects, LOOK), encoding="utf-8")
+    path.write_text(sample.viewer_html("red.png", red, objects, LOOK), encoding="utf-8")
     page("Emulation.setDeviceMetricsOverride", width=800, height=500, deviceScaleFactor=1,
          mobile=False)
     page("Page.navigate", url=path.as_uri() + "#turn=0")
     page.wait("document.querySelector('aside')?.hidden === false")
-    yield page, objects, folder
+    yield page, objects
     page.session = {}
     page("Browser.close")
     page.process.wait(20)
 
 
+def psnr_of_page(page, states, azimuth, elevation=10, zoom=1, **more):
+    """Of the page against render of the last of these states, by the camera of the turntable."""
+    seen = page.view(azimuth=azimuth, elevation=elevation, zoom=zoom, **more)
+    h, w, _ = seen.shape
+    w2c = sample.orbit(torch.tensor([math.radians(azimuth)]), dict(LOOK, elevation=elevation))
+    f = LOOK["focal"] * zoom * min(h, w)
+    cam = Camera(w2c, torch.tensor([[[f, f, w / 2, h / 2]]]), (h, w))
+    x_hat, _, _ = render(states[-1], cam, torch.tensor([LOOK["background"]]))
+    x_hat = x_hat[0, 0].clamp(0, 1).permute(1, 2, 0).numpy()                  # (h, w, 3)
+    assert x_hat.std() > 0.05
+    return -10 * np.log10(((seen - x_hat) ** 2).mean())
+
+
 def test_the_viewer_draws_what_render_draws(viewer):
-    """Against render by the camera of the turntable, from four sides and three distances."""
-    page, objects, _ = viewer
-    views = [(0, 20, 1, "teacher", 1), (75, -15, 1.5, "teacher", 1), (200, 89, 0.7, "teacher", 1),
-             (-50, 10, 2.5, "</script>&amp;", 3)]
-    for azimuth, elevation, zoom, name, step in views:
-        seen = page.view(azimuth=azimuth, elevation=elevation, zoom=zoom, object=name)
-        h, w, _ = seen.shape
-        w2c = sample.orbit(torch.tensor([math.radians(azimuth)]), dict(LOOK, elevation=elevation))
-        f = LOOK["focal"] * zoom * min(h, w)
-        cam = Camera(w2c, torch.tensor([[[f, f, w / 2, h / 2]]]), (h, w))
-        x_hat, _, _ = render(objects[name][step - 1], cam, torch.tensor([LOOK["background"]]))
-        x_hat = x_hat[0, 0].clamp(0, 1).permute(1, 2, 0).numpy()              # (h, w, 3)
-        psnr = -10 * np.log10(((seen - x_hat) ** 2).mean())
-        assert psnr > 40 and x_hat.std() > 0.05, (azimuth, psnr)
+    """Against render by the camera of the turntable, from three sides and distances."""
+    page, objects = viewer
+    for view in (0, 20, 1), (75, -15, 1.5), (200, 89, 0.7):
+        assert psnr_of_page(page, objects["teacher"], *view, object="teacher") > 40, view
 
 
 def test_the_slider_goes_from_noise_to_the_result(viewer):
     """Against render of the state that each place of the slider names, to 8 bits of its ranges."""
-    page, objects, _ = viewer
-    states = objects["</script>&amp;"]
-    for step, state in enumerate(states):
-        seen = page.view(azimuth=-50, elevation=10, object="</script>&amp;", step=step)
+    page, objects = viewer
+    for step in range(3):
+        states = objects["sample"][:step + 1]
+        assert psnr_of_page(page, states, -50, object="sample", step=step) > (
+            40 if step == 2 else 22)
         assert f"{step} of 2" in page.js("document.querySelector('label').textContent")
-        h, w, _ = seen.shape
-        w2c = sample.orbit(torch.tensor([math.radians(-50)]), dict(LOOK, elevation=10))
-        f = LOOK["focal"] * min(h, w)
-        cam = Camera(w2c, torch.tensor([[[f, f, w / 2, h / 2]]]), (h, w))
-        x_hat, _, _ = render(state, cam, torch.tensor([LOOK["background"]]))
-        x_hat = x_hat[0, 0].clamp(0, 1).permute(1, 2, 0).numpy()              # (h, w, 3)
-        psnr = -10 * np.log10(((seen - x_hat) ** 2).mean())
-        assert psnr > (40 if step == 2 else 22), (step, psnr)
-
-
-def test_hands_move_the_viewer_and_reset_brings_it_back(viewer):
-    """Against the picture before: drag, wheel, pinch, keys, strip and slider each change it."""
-    page, _, _ = viewer
-    before = page.view(azimuth=0, elevation=LOOK["elevation"], object="teacher", step=3)
-    x, y, w, h = page.box("#stage canvas")
-    middle, same = (x + w / 2, y + h / 2), lambda seen: np.abs(seen - before).max() < 0.01
-    def touch(kind, *points):
-        page("Input.dispatchTouchEvent", type=kind,
-             touchPoints=[dict(x=middle[0] + p, y=middle[1], id=k) for k, p in enumerate(points)])
-    def pinch():
-        touch("touchStart", -30, 30), touch("touchMove", -90, 90), touch("touchEnd")
-    hands = dict(
-        drag=lambda: page.mouse(middle, (x + w / 2 + 80, y + h / 2), (x + w / 2 + 90, y + h / 3)),
-        wheel=lambda: page("Input.dispatchMouseEvent", type="mouseWheel", x=middle[0], y=middle[1],
-                           deltaX=0, deltaY=-300),
-        pinch=pinch,
-        key=lambda: page("Input.dispatchKeyEvent", type="keyDown", key="ArrowLeft"))
-    assert same(page.shot())
-    for name, hand in hands.items():
-        hand()
-        assert not same(page.shot()), name
-        page.click("#reset")
-        assert same(page.shot()), name
-    page.wait("location.hash.includes('azimuth=0&elevation=20&zoom=1')")      # the view's address
-    page.click("#strip button")
-    last = page.shot()
-    assert not same(last)
-    x, y, w, h = page.box("input")
-    page.mouse((x + 2, y + h / 2))                                            # to the first state
-    assert "0 of 2" in page.js("document.querySelector('label').textContent")
-    assert np.abs(page.shot() - last).max() > 0.1
-    page.click("#strip button:last-child")
-    assert same(page.shot())
-
-
-def test_the_viewer_turns_until_it_is_touched(viewer):
-    """Against the picture a moment later: with turn=1 another, after a click on it the same."""
-    page, _, _ = viewer
-    first, later = page.view(turn=1), page.shot()
-    assert np.abs(first - later).max() > 0.05
-    page.click("#stage canvas")
-    assert np.array_equal(page.shot(), page.shot())
-
-
-def test_the_viewer_saves_the_splats_it_shows(viewer):
-    """Against the Gaussians it was given, by the reader of .ply files: all but the faint ones, to
-    16 bits of the range of each number."""
-    page, objects, folder = viewer
-    page.view(object="</script>&amp;", step=3)
-    page.click("#save")
-    end = time.time() + 20
-    while not (made := list(folder.glob("*.ply"))) and time.time() < end:
-        time.sleep(0.05)
-    expected = objects["</script>&amp;"][-1]
-    expected = pick(expected, expected.opacity[0] >= rasterize.ALPHA_MIN)
-    (folder / "expected.ply").write_bytes(sample.ply_bytes(expected))
-    p, q = read_ply(made[0]), read_ply(folder / "expected.ply")
-    assert list(p) == sample.PLY == list(q)
-    for name in p:
-        if name == "opacity":
-            p[name], q[name] = [1 / (1 + np.exp(-x[name])) for x in (p, q)]
-        np.testing.assert_allclose(p[name], q[name], rtol=0, atol=np.ptp(q[name]) / 1e5 + 1e-6)
-
-
-def test_names_cannot_end_the_script_that_holds_the_splats(viewer):
-    """Against the title and the names on the page, as text; and no request went anywhere."""
-    page, objects, _ = viewer
-    assert page.js("document.title") == "</script><b>.png"
-    assert page.js("document.querySelector('h1').textContent") == "</script><b>.png"
-    assert page.js("[...document.querySelectorAll('#strip button')].map(b => b.textContent)") == \
-        list(objects)
-    assert page.js("performance.getEntriesByType('resource').map(e => e.name)"
-                   ".filter(name => !name.startsWith('data:'))") == []
 
 
 def unpacked(html):
@@ -2946,38 +2445,6 @@ def test_the_viewer_holds_every_step_to_its_precision():
                        k.sh[0].flatten(1)], 1).mT.double().numpy()            # (23, n)
         error = np.abs(low + q / 65535 * (high - low) - x)
         assert (error <= (0.51 / levels) * (high - low) + 1e-6).all()
-
-
-def test_four_samples_from_noise_to_the_result_stay_below_five_megabytes(tmp_path):
-    """Against 5 MB, for 4 objects of 64 x 64 splats whose states DDIM makes of pure noise and of
-    smooth splats, 40 % of which are drawn at last; and what the page's numbers draw in the last
-    state is what render draws of the splats, although noise has widened the ranges."""
-    torch.manual_seed(0)
-    denoiser = Denoiser(ModelConfig(64, 8, (1, 2), 1, 8))
-    shape = torch.randn(4, S, 12, 12)
-    clean = torch.nn.functional.interpolate(shape, size=(64, 64), mode="bicubic")
-    trail = []
-    def oracle(s_t, t, x_src):
-        trail.append(s_t)
-        return clean + 0.03 * torch.randn(clean.shape)
-    denoiser.stats[0, 4], denoiser.stats[1, 4] = -6.0, 5.0                    # opacity
-    denoiser.stats[0, 5:8], denoiser.stats[1, 5:8] = math.log(0.015), 0.5     # scale
-    *_, last = denoise(oracle, torch.randn(clean.shape), torch.full((4,), T - 1), None)
-    K = torch.tensor([[65.6, 65.6, 32., 32.]]).expand(4, 4)
-    look = dict(LOOK, elevation=0.)
-    states = [sample.upright(denoiser.gaussians(s, K), look) for s in trail + [last]]
-    objects = {f"sample {k}": [sample.one(g, k) for g in states] for k in range(4)}
-    html = sample.viewer_html("car", b"", objects, look)
-    assert 1e6 < len(html) < 5e6, len(html)
-    o = unpacked(html)["objects"][0]
-    assert o["states"] == 11
-    low, high = np.array(o["low"])[:, None], np.array(o["high"])[:, None]
-    x = torch.from_numpy(low + o["q"][-1] / 65535 * (high - low)).float().T[None]     # (1, n, 23)
-    xyz, opacity, quat, scale, sh = x.split([3, 1, 4, 3, 12], -1)
-    g = Gaussians(xyz, scale.exp(), quat, opacity[..., 0], sh.unflatten(-1, (4, 3)))
-    a, b = [sample.photograph(g, sample.turn(3), look, 96) / 255
-            for g in (g, objects["sample 0"][-1])]
-    assert b.std() > 0.05 and -10 * np.log10(np.square(a - b).mean()) > 40
 
 
 # ---- README --------------------------------------------------------------------------------------
