@@ -54,7 +54,7 @@ OWN = {**CO3D, "near": -0.5, "far": 0.5, "background": ON_WHITE}     # a folder 
 EXTENT = 1.27          # world units across a picture at the object's distance, as in SRN's cars
 SOURCES = "get pixelNeRF's archive (github.com/sxyu/pixel-nerf, section \"Getting the data\")"
 SPLITS = "train", "val", "test"
-VERSION = 1            # of the packed files: to be raised when their bytes change
+VERSION = 2            # of the packed files: to be raised when their bytes change
 
 
 # ---- batches -------------------------------------------------------------------------------------
@@ -465,7 +465,7 @@ def read_packed(job):
     if np.isfinite(c2w).all() and np.isfinite(K).all():
         pictures = pixels.transpose(0, 3, 1, 2).tobytes()                    # V x 3 x size x size
         check = zlib.crc32(pictures, zlib.crc32(c2w.tobytes()))
-        if about is OWN and K.shape[1] == 4:
+        if about == OWN and K.shape[1] == 4:      # a copy, in a worker process
             c2w, K = centred(c2w, K, folder, size)
         return pictures, folder.name, np.float32(c2w), np.float32(K), check
 

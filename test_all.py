@@ -357,6 +357,41 @@ def test_at_full_size_float32_draws_what_float64_draws(painter, N, size):
     assert flips.sum().abs() <= 4 * len(flips) ** 0.5
 
 
+@every_kernel
+@pytest.mark.parametrize("B, V", [(1, 1), (1, 3), (32, 4), (43, 3)])
+def test_a_batch_equals_one_call_per_image(painter, B, V):
+    """Against B V single renders: every bit of the images, the sums of the gradients."""
+    g, cam, background = awkward_scene(B, V, hw=(10, 12))
+    d_out = [torch.randn(B, V, c, 10, 12, generator=torch.Generator().manual_seed(c))
+             for c in (3, 1, 1)]
+    images, d = painter(g, cam, background, d_out=d_out)
+    for b in range(B):
+        one = [painter(Gaussians(*[x[b:b + 1] for x in g]),
+                       Camera(cam.w2c[b:b + 1, v:v + 1], cam.K[b:b + 1, v:v + 1], cam.hw),
+                       background[b:b + 1], d_out=[x[b:b + 1, v:v + 1] for x in d_out])
+               for v in range(V)]
+        for v in range(V):
+            assert_same([x[b:b + 1, v:v + 1] for x in images], one[v][0], 0)
+        assert_same([x[b:b + 1] for x in d], [sum(x) for x in zip(*[y for _, y in one])],
+                    painter.gradient / (1 if painter is cuda else 10))   # atomics, and a needle
+
+
+@needs_kernel
+@pytest.mark.parametrize("V", [1, 20])   # one image in strips; more images than tasks
+def test_the_number_of_threads_changes_no_bit(V):
+    """Against one thread."""
+    scene = awkward_scene(B=1, V=V, N=300, hw=(50, 40))
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 7):
+            torch.set_num_threads(n)
+            results.append(sum(map(list, cpu32(*scene)), []))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert_same(other, results[0], 0)
+
+
 # ---- the call ------------------------------------------------------------------------------------
 
 @every_painter
@@ -738,6 +773,7 @@ def test_pictures_of_ones_own_are_split_by_object_or_by_file(tmp_path):
 
     def names():
         splits = data.prepare(str(tmp_path / "own"), tmp_path, 16, quiet=True)
+        assert all(views.K.shape[1] == 5 for views in splits.values())        # also by workers
         return [splits[split].names for split in ("train", "test")]
     assert names() == [[f"{i:02d}" for i in (*range(9), 10, 11)], ["09"]]
     (tmp_path / "own/skip.txt").write_text("00\n01 02 03\n04\n05\n")
@@ -1755,12 +1791,17 @@ def test_a_folder_of_ones_own_is_trained_on_with_a_teacher_of_ours(trained, tmp_
     assert not any({"both", "decided", "amber"} & set(r) for r in rows.values())
 
 
+def two_processes(name, *args):
+    """A script behind torchrun, as two processes on the CPU -> what came of it."""
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           "--nproc_per_node=2", str(HERE / f"{name}.py"), *args, *SMALL],
+                          env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+                          capture_output=True, text=True, timeout=300)
+
+
 def test_two_processes_train_like_one_and_one_goes_on(trained, cars, tmp_path):
     """Against one process but for rounding; stopped in stage 1, one alone goes on to the end."""
-    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                          "--nproc_per_node=2", str(HERE / "train.py"), *SMALL, f"--root={cars}",
-                          f"--out={tmp_path}", "--max_steps=6"], capture_output=True, text=True,
-                         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
+    run = two_processes("train", f"--root={cars}", f"--out={tmp_path}", "--max_steps=6")
     assert run.stdout.count("device: 2 x CPU") == 1, run.stdout + run.stderr
     assert "stopped and saved" in run.stderr and (tmp_path / "resume.pt").exists()
     script("train", *SMALL, f"--root={cars}", f"--out={tmp_path}")
@@ -1769,6 +1810,13 @@ def test_two_processes_train_like_one_and_one_goes_on(trained, cars, tmp_path):
         if (one["stage"], one["step"]) <= (1, 1):   # later, Adam has followed signs of tiny
             for k in ("loss", "grad_norm"):         # gradients, which rounding turns
                 assert both[k] == pytest.approx(one[k], rel=1e-2), (k, one, both)
+
+
+def test_two_processes_time_their_steps_together_and_one_speaks():
+    """Against a table for each, or two that wait for each other for ever."""
+    run = two_processes("csrc/bench", "0", "1", "2")
+    rows = [line.split(",")[0] for line in run.stdout.splitlines() if line.startswith("stage")]
+    assert rows == ["stage 0", "stage 1", "stage 2"], run.stdout + run.stderr
 
 
 def test_a_killed_writer_never_leaves_half_a_checkpoint(tmp_path):
@@ -1887,6 +1935,17 @@ def test_the_told_teachers_door_is_the_one_it_is_told(cars):
     assert one["both"] == 1 and one["decided"] == 1 and one["amber"] == 0.5
     assert toys.cars.door_scores(told[:1], amber, amber, blue)["true"] == 1   # not the twin's
     assert toys.cars.door_scores(nothing, amber, amber, blue)["decided"] == 0
+
+
+def test_a_picture_of_something_else_is_warned_of(tmp_path):
+    """Against a car that was not trained on, and stripes where a car would be."""
+    stripes = np.full((128, 128, 3), 255, np.uint8)
+    stripes[44:88, 20:108] = np.where(np.arange(88) // 4 % 2, 230, 20)[None, :, None] * [1, .4, .1]
+    Image.fromarray(stripes).save(tmp_path / "stripes.png")
+    said = script("sample", tmp_path / "stripes.png", HERE / "assets/car.png", "--samples=1",
+                  "--frames=2", f"--weights={HERE}/weights/cars.pt", cwd=tmp_path)
+    warnings = [line for line in said.splitlines() if line.startswith("warning")]
+    assert len(warnings) == 1 and "stripes.png" in warnings[0] and "know cars" in warnings[0]
 
 
 def test_sampling_writes_pictures_and_splats_and_repeats_itself(trained, tmp_path):
