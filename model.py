@@ -293,10 +293,11 @@ WEIGHTINGS = {"noise":    lambda a: 1 - a,                         # most where 
               "min_snr":  lambda a: (a / (1 - a)).clamp(max=5)}    # most where it ends: Hang 2023
 
 
-def lambda_t(t, kind, t_star=T_STAR):
-    """Weight of the rendering loss at noise level t (ours), with mean 1 over t > t*."""
+def lambda_t(t, kind, t_star=T_STAR, t_known=T - 1):
+    """Weight of the rendering loss at noise level t (ours), with mean 1 over t* < t <= t_known."""
     weight = WEIGHTINGS[kind]
-    return weight(alpha_bar(t)) / weight(alpha_bar(torch.arange(t_star + 1, T))).mean().item()
+    levels = torch.arange(t_star + 1, t_known + 1)                            # those of stage 2
+    return weight(alpha_bar(t)) / weight(alpha_bar(levels)).mean().item()
 
 
 class Denoiser(nn.Module):

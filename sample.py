@@ -52,7 +52,8 @@ def guidance(network, x, cam, background):
     def guide(s):
         B = len(s)
         g = network.gaussians(s, cam.K[:, 0].expand(B, -1))
-        x_hat, _, _ = render(g, repeat(views_of(cam, slice(1, None)), B), background)
+        others = repeat(views_of(cam, slice(1, None)), B)
+        x_hat, _, _ = render(g, others, background)                           # (B, V-1, 3, H, W)
         return (x_hat - x[:, 1:]).square().mean((1, 2, 3, 4))                 # (B,)
     return guide
 
@@ -109,7 +110,8 @@ def from_picture(path, networks, a, write):
     s_hat = trail[-1][2]                                                      # (B, 24, H, W)
 
     K = cam.K[:, 0]                                                           # (1, 4 or 5)
-    x_hat, _, _ = render(denoiser.gaussians(s_hat[:1], K), views_of(cam, slice(0, 1)), background)
+    first = denoiser.gaussians(s_hat[:1], K)
+    x_hat, _, _ = render(first, views_of(cam, [0]), background)               # (1, 1, 3, H, W)
     found = psnr(x_hat, x[:, :1]).item()                                      # dB
     if found < meta.get("source", 0) - STRANGE:
         print(f"warning: {path}: its own view comes back at {found:.0f} dB, {meta['source']:.0f} "
@@ -202,8 +204,9 @@ def photograph(g, angles, look, side):
     background = g.xyz.new_tensor(look["background"])                         # (3,)
     images = []
     for w2c in orbit(angles, look).to(g.xyz.device).split(1, 1):              # (1, 1, 4, 4)
-        x, _, _ = render(g, repeat(Camera(w2c, K, (side, side)), B), background)
-        images.append((x.clamp(0, 1) * 255 + 0.5).byte().movedim(2, -1).cpu())   # (B, 1, P, P, 3)
+        cam = repeat(Camera(w2c, K, (side, side)), B)
+        x, _, _ = render(g, cam, background)                                  # (B, 1, 3, P, P)
+        images.append((x.clamp(0, 1) * 255 + 0.5).byte().movedim(2, -1).cpu())
     return torch.cat(images, 1).numpy()
 
 
@@ -263,12 +266,12 @@ def told_views(views, o, n):
     """The source view of test object o and n random others: indices (1 + n,)."""
     index = test_views(views, o, 0)
     others = torch.randperm(len(index) - 1, generator=torch.Generator().manual_seed(o))[:n]
-    return torch.cat([index[:1], index[1:][others]])
+    return torch.cat([index[:1], index[1:][others]])                          # (1 + n,)
 
 
 def object_views(views, index, cfg):
     """Images x (1, V, 3, H, W) and cameras of the views `index`, relative to the first."""
-    x, cam = data.gather(views, index[None].to(views.images.device))
+    x, cam = data.gather(views, index[None].to(views.images.device))          # (1, V, 3, H, W)
     return x.to(cfg.device), cam.to(cfg.device)
 
 
@@ -327,9 +330,11 @@ def evaluate(predict, views, cfg, n_views, objects, title="", lpips=None):
             if where.any():
                 r["std"] = novel.std(0).mean(1)[where].mean()
         if views.meta["procedural"]:
-            v, *pair = cars.door_pair(views, o)
-            x, cam = object_views(views, torch.tensor([int(index[0]), v]), cfg)   # (1, 2, ..)
-            x_hat, _, _ = render(g, repeat(views_of(cam, [1]), len(g.xyz)), background)
+            v, *pair = cars.door_pair(views, o, data.resize)
+            index = torch.tensor([int(index[0]), v])                          # (2,)
+            x, cam = object_views(views, index, cfg)                          # (1, 2, 3, H, W)
+            door = repeat(views_of(cam, [1]), len(g.xyz))
+            x_hat, _, _ = render(g, door, background)                         # (n, 1, 3, H, W)
             r |= cars.door_scores(x_hat[:, 0], x[0, 1], *(p.to(x) for p in pair))
         scores.append(dict(object=views.names[o], **{k: float(v) for k, v in r.items()}))
     return scores
@@ -350,8 +355,9 @@ def by_teacher(teacher):
 def by_told_teacher(teacher, views, cfg, choose):
     """The teacher, told the truth by the views choose(views, o), source first."""
     def predict(o, x_src, K):
-        x, cam = object_views(views, choose(views, o), cfg)
-        return teacher.gaussians(teacher(x, cam, background_of(views, cfg)), K)
+        x, cam = object_views(views, choose(views, o), cfg)                   # (1, V, 3, H, W)
+        raw = teacher(x, cam, background_of(views, cfg))                      # (1, 24, H, W)
+        return teacher.gaussians(raw, K)
     return predict
 
 
@@ -360,7 +366,7 @@ def by_student(denoiser, views, cfg, n, guided=False):
     view."""
     def sample(x_src, eps):
         return denoiser.sample(x_src, eps, cfg.steps)
-    if cfg.graph:
+    if cfg.graph and not guided:
         sample = Captured(sample)
 
     def predict(o, x_src, K):
@@ -405,8 +411,8 @@ def score_table(cfg, train_views, views, about):
     out = Path(cfg.out)
     lpips = None
     if cfg.lpips:
-        import lpips
-        lpips = lpips.LPIPS(net="vgg", verbose=False).to(cfg.device)
+        from lpips import LPIPS
+        lpips = LPIPS(net="vgg", verbose=False).to(cfg.device)
     few = train_views.images[:: max(1, len(train_views.images) // 4096)]      # (M, 3, H, W)
     mean = (few.float().mean(0) / 255).to(cfg.device)                         # (3, H, W)
     truths = [object_views(views, test_views(views, o, cfg.eval_views)[1:], cfg)[0][0]
@@ -710,19 +716,27 @@ def load_networks(a):
     print(f"weights: {a.weights} ({meta['dataset']}, {kind}, {denoiser.cfg.size} pixels)")
     beside = a.weights.parent / "teacher.pt"
     teacher = load_network(beside, Teacher, a.device)[0] if beside.exists() else None
+    if teacher and teacher.cfg.size != denoiser.cfg.size:
+        teacher = None
+    results = a.weights.parent / "results.json"                    # of train.py: the usual dB
+    if results.exists() and "source" not in meta:
+        row = json.loads(results.read_text())["table"].get(a.weights.stem.replace("_", " "), {})
+        meta = meta | {"source": row.get("source", 0)}
     return denoiser, teacher, meta
 
 
 @torch.no_grad()
 def main():
     a = arguments().parse_args()
+    bounds = dict(samples=(1, 1000), steps=(1, T - 1), frames=(1, 1000), fps=(1, 100),
+                  size=(1, 2048), seed=(0, 2 ** 63 - 1), elevation=(-90, 90))
+    for name, (least, most) in bounds.items():
+        value = getattr(a, name)
+        if value is not None and not least <= value <= most:
+            fail(f"--{name} {value}: give {least} to {most}")
     for wrong, message in [
-            (min(a.samples, a.frames, a.fps, a.size) < 1 or a.seed < 0 or abs(a.elevation) > 90,
-             "--samples, --frames, --fps and --size are 1 or more, --seed 0 or more, --elevation "
-             "-90 to 90"),
             (a.samples * a.size > 16383, "--samples x --size: more than the 16383 pixels that a "
              ".webp can be wide"),
-            (a.steps is not None and not 0 < a.steps < T, f"--steps: give 1 to {T - 1}"),
             (len(a.view) != len(a.pose), "give a --pose for each --view"),
             (len(a.image) > 1 and (a.out or a.view) or a.view and a.image[0].is_dir(),
              "--out goes with a single input, --view with a single picture"),

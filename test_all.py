@@ -811,7 +811,7 @@ def test_the_unseen_door_is_independent_of_the_seen_one():
 def test_the_hidden_door_is_painted_both_ways(cars):
     """Against the packed picture: the other colour differs where the door is, nowhere else."""
     views = data.load(cars, "cars", "test", 64, quiet=True)
-    v, *pair = toys.cars.door_pair(views, 0)
+    v, *pair = toys.cars.door_pair(views, 0, data.resize)
     about = json.loads((cars / "cars/cars_test/test_00000/attributes.json").read_text())
     colour = about["doors"]["right"]
     true, other = pair if colour == "amber" else pair[::-1]                   # (3, 64, 64) each
@@ -1371,6 +1371,7 @@ def test_the_weights_of_noise_levels_average_to_one():
     """Against the mean over the levels that stage 2 starts from; 1 - alpha_bar rises with t."""
     for kind, t_star in itertools.product(("min_snr", "constant", "noise"), (0, T_STAR, T - 2)):
         assert abs(lambda_t(torch.arange(t_star + 1, T), kind, t_star).mean() - 1) < 1e-5
+        assert abs(lambda_t(torch.arange(6, 81), kind, 5, 80).mean() - 1) < 1e-5
     t = torch.arange(T_STAR + 1, T)
     assert (lambda_t(t, "noise").diff() >= 0).all() and (lambda_t(t, "min_snr").diff() <= 0).all()
 
@@ -1544,7 +1545,7 @@ def test_scores_of_samples_are_what_they_are_called(cars):
     assert r["object"] == "test_00000"
     for name, value in want.items():
         assert r[name] == pytest.approx(float(value), rel=1e-4), name
-    v, *pair = toys.cars.door_pair(views, 0)
+    v, *pair = toys.cars.door_pair(views, 0, data.resize)
     x, cam = data.gather(views, torch.tensor([[64, v]]))
     door = render(g, sample.repeat(sample.views_of(cam, [1]), 2), white)[0][:, 0]
     assert {k: r[k] for k in ("both", "decided", "amber", "true")} == toys.cars.door_scores(
@@ -1676,6 +1677,8 @@ def test_training_leaves_a_table_a_preview_and_the_word_procedural(trained):
     assert ["loss_told" in r for r in log] == [True] * 4 + [False] * 8
     assert np.asarray(Image.open(out / "preview.png")).std() > 10
     assert load_network(out / "stage_2.pt", Denoiser)[1]["data"]["procedural"]
+    a = sample.arguments().parse_args(["x.png", f"--weights={out}/stage_2.pt", "--device=cpu"])
+    assert sample.load_networks(a)[2]["source"] == rows["stage 2"]["source"]  # what is usual
     controls = subprocess.run([sys.executable, HERE / "toys/controls.py", out], check=True,
                               capture_output=True, text=True, cwd=HERE).stdout
     assert "teacher, optimised on 1" in controls and "teacher, told 1 view" in controls
@@ -1920,7 +1923,7 @@ def test_the_told_teachers_door_is_the_one_it_is_told(cars):
     """Against a held-out car's amber door and its twin's blue one; told nothing, mud."""
     teacher, _ = shipped("teacher.pt", Teacher)
     views = data.load(cars, "cars", "test", 64)
-    v, amber, blue = toys.cars.door_pair(views, 0)
+    v, amber, blue = toys.cars.door_pair(views, 0, data.resize)
     x, cam = data.gather(views, torch.tensor([[int(sample.test_views(views, 0, 1)[0]), v]]))
     x[0, 1] = amber
     x = torch.cat([x, x])                                                     # (2, 2, 3, 64, 64)
@@ -2295,9 +2298,9 @@ def test_bad_input_is_one_clear_line(trained, cars, tmp_path, monkeypatch):
     weights = ["--weights", out / "stage_2.pt", "--device", "cpu"]
     cases = [
         ("train", ["--epochs=3"], "--epochs"), ("train", ["--lr=fast"], "--lr"),
-        ("train", ["--size=30"], "--size=30"), ("train", ["--views=1"], "--views"),
+        ("train", ["--size=30"], "--size=30"), ("train", ["--views=1"], "--views=1"),
         ("train", ["--dataset=planes"], "planes"), ("train", ["--device=warp"], "--device=warp"),
-        ("train", ["--batch=(1,2,2)"], "--batch=(1, 2, 2)"), ("train", ["--told=0"], "1 or more"),
+        ("train", ["--batch=(1,2,2)"], "--batch=(1, 2, 2)"), ("train", ["--told=0"], "--told=0"),
         ("train", ["--iters=(0,5,0)"], "--teacher must name"),
         ("train", ["--t_known=100"], "--t_known=100"),
         ("train", ["--graph", "--device=cpu"], "--graph"),
@@ -2310,7 +2313,7 @@ def test_bad_input_is_one_clear_line(trained, cars, tmp_path, monkeypatch):
         ("sample", [image, "--weights", tmp_path / "other.pt"], "other.pt"),
         ("sample", [image, "--weights", out / "teacher.pt"], "teacher.pt"),
         ("sample", [image, *weights, "--out", tmp_path / "file"], "file"),
-        ("sample", [image, *weights, "--samples", "0"], "--samples"),
+        ("sample", [image, *weights, "--samples", "0"], "--samples 0"),
     ]
     for name, args, word in cases:
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, args)])

@@ -87,7 +87,7 @@ class Config:
     w_cyc: float = 0.1           # both stages; at 1 it outweighs the images, at 0 it is left out
     weighting: str = "min_snr"   # stage 2: lambda_t, or constant, or noise
     t_star: int = T_STAR         # stage 2 starts above this noise level (paper)
-    t_known: int = T - 1         # and at most here; ours, below T - 1: where s_t still tells the code
+    t_known: int = T - 1         # and at most here; ours, if lower: s_t must still tell the code
     steps: int = 5               # DDIM steps unrolled in stage 2 and when sampling; paper: 10
     # speed; the same training, but for the rounding of bf16
     bf16: bool = False           # half precision in the U-Net
@@ -229,7 +229,7 @@ def stage_2(denoiser, teacher, x, cam, background, t, eps, cfg, render=render):
     def frozen(image, K):
         return denoiser.gaussians(functional_call(denoiser, weights, (eps, t_cyc, image)), K)
     loss_3dgs = F.mse_loss(s_hat, s_teacher)                        # how far the teacher is behind
-    weight = lambda_t(t, cfg.weighting, cfg.t_star)                           # (B,)
+    weight = lambda_t(t, cfg.weighting, cfg.t_star, cfg.t_known)              # (B,)
     loss_image = (weight * image_loss(x_hat, x)).mean()
     loss = cfg.w_3dgs_2 * loss_3dgs + loss_image
     losses = dict(loss_3dgs=loss_3dgs, loss_image=loss_image)
@@ -309,7 +309,7 @@ def make_step(cfg, stage, network, teacher, background, render=render):
 # ---- one stage -----------------------------------------------------------------------------------
 
 def make_networks(cfg, stage, views, background):
-    """-> the network that learns in this stage, and the frozen teacher, which is None in stage 0."""
+    """-> the network that learns in this stage, and the frozen teacher, None in stage 0."""
     out = Path(cfg.out)
     shape = ModelConfig(cfg.size, cfg.width, tuple(cfg.mult), cfg.blocks, cfg.attn,
                         views.meta["near"], views.meta["far"], cfg.code)
@@ -321,7 +321,8 @@ def make_networks(cfg, stage, views, background):
             fail(f"--init={cfg.init}: a {network.cfg}, and here it is a {shape}")
         if cfg.code and not network.encoder:
             network = can_be_told(network, cfg.code)
-            network.requires_grad_(True) if cfg.init else None
+            if cfg.init:
+                network.requires_grad_(True)                                  # all of it learns
         elif cfg.paper and not cfg.init:
             network.unet.start(cfg.size, **views.meta["start"])
         return network, None
@@ -491,7 +492,8 @@ def resume(cfg, views):
     state = load_checkpoint(path, ("stage", "step", "minutes", "about"))
     old, new = state["about"]["config"], asdict(cfg)
     free = SESSION | {"steps"} if cfg.eval_only else SESSION     # sampling may take other steps
-    changed = [f"{k}: {old.get(k)} -> {new[k]}" for k in set(new) - free if old.get(k) != new[k]]
+    changed = [f"{k}: {old[k]} -> {new[k]}" for k in new
+               if k not in free and old.get(k, new[k]) != new[k]]     # unknown then: as it is now
     if state["about"]["data"]["fingerprint"] != views.meta["fingerprint"]:
         changed.append("the images in the dataset")
     if changed:
@@ -524,10 +526,12 @@ def parse(argv):
         sizes |= PAPER | dict(iters=(row["iters"], *PAPER["iters"]))
     cfg = Config(**{**sizes, **given, "device": device})
     cfg.out = cfg.out or f"out/{Path(cfg.dataset).resolve().name}"
+    least = dict(size=1, width=8, blocks=1, told=1, views=2, samples=1, steps=1, n_train=1,
+                 n_test=1, log_every=1, preview_every=1, save_every=1)
+    for name, value in least.items():
+        if getattr(cfg, name) < value:
+            fail(f"--{name}={getattr(cfg, name)}: give {value} or more")
     for wrong, message in [
-            (min(cfg.size, cfg.blocks, cfg.told, cfg.samples, cfg.steps, cfg.n_train, cfg.n_test,
-                 cfg.log_every, cfg.preview_every, cfg.save_every) < 1 or cfg.views < 2
-             or cfg.width < 8, "sizes and counts are 1 or more, --views 2, --width 8 or more"),
             (cfg.weighting not in WEIGHTINGS, f"--weighting: give one of {', '.join(WEIGHTINGS)}"),
             ({len(x) for x in (cfg.iters, cfg.batch, cfg.lr)} != {3},
              "--iters, --batch and --lr have three numbers each, one a stage"),
@@ -612,7 +616,9 @@ def main():
         print(score_table(cfg, views, test, about(cfg, test)))
         print(f"{state['minutes']:.1f} minutes of training; {out}/ has preview.png results.json "
               "scores log.jsonl and the weights")
-        print(f"now: python sample.py <picture> --weights {out}/stage_2.pt")
+        students = [out / f"{name}.pt" for name in FILES[1:] if (out / f"{name}.pt").exists()]
+        if students:
+            print(f"now: python sample.py <picture> --weights {students[-1]}")
 
 
 if __name__ == "__main__":

@@ -397,19 +397,16 @@ def door_pictures(folder, c2w):
         yield trace(assemble(design_), c2w, K, SIZE)
 
 
-def door_pair(views, o):
+def door_pair(views, o, resize):
     """The door that car o hides from its source view, painted both ways: index of a view that faces
     that door; A, B (3, S, S) in [0, 1], the true picture of that view if the door were amber, and
-    if it were blue. The source view shows the left door."""
+    if it were blue. The source view shows the left door. resize is data.resize."""
     first = int(views.start[o])
     c2w = views.c2w[first:views.start[o + 1]].cpu().double().numpy()                # (V, 4, 4)
     v = int(c2w[:, 1, 3].argmin())                                      # farthest to the right
-    size = views.meta["size"]
-    how = Image.Resampling.BOX if SIZE % size == 0 else Image.Resampling.LANCZOS    # as data.resize
     folder = Path(views.meta["root"], f"cars_{views.meta['split']}", views.names[o])
-    pair = [Image.fromarray(rgba[..., :3]).resize((size, size), how)
-            for rgba in door_pictures(folder, c2w[v])]
-    return first + v, *(torch.from_numpy(np.array(x)).movedim(-1, 0) / 255 for x in pair)
+    pair = [resize(rgba[..., :3], views.meta["size"]) for rgba in door_pictures(folder, c2w[v])]
+    return first + v, *(torch.from_numpy(x).movedim(-1, 0) / 255 for x in pair)     # (3, S, S)
 
 
 def door_scores(x_hat, truth, amber, blue):
