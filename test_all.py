@@ -357,6 +357,20 @@ def test_at_full_size_float32_draws_what_float64_draws(painter, N, size):
     assert flips.sum().abs() <= 4 * len(flips) ** 0.5
 
 
+@float_kernels
+@pytest.mark.parametrize("length", [0.3, 1., 3.])
+@pytest.mark.parametrize("d_out", [[1., 0., 0.], None], ids=["sum", "random"])
+def test_gradients_of_needles_survive_float32(painter, length, d_out):
+    """Against float64 on the CPU, relative to each gradient's length."""
+    g, cam = one_gaussian((.02, .01, 1.3), (length, 1e-4, 1e-4), hw=(128, 128))
+    turn = torch.tensor([math.cos(math.pi / 12), 0, 0, math.sin(math.pi / 12)]).double()
+    g = g._replace(quat=turn[None, None])
+    cam.K[..., :2] = 131.25
+    scene = g, cam, torch.ones(1, 3)
+    for a, b in zip(painter(*scene, d_out=d_out)[1], cpu64(*scene, d_out=d_out)[1]):
+        assert (a - b).norm() < 0.05 * b.norm()
+
+
 @every_kernel
 @pytest.mark.parametrize("B, V", [(1, 1), (1, 3), (32, 4), (43, 3)])
 def test_a_batch_equals_one_call_per_image(painter, B, V):

@@ -135,6 +135,12 @@ template <class T> HD T dot(const T* a, const T* b) {
   return a[0] * b[0] + a[1] * b[1] + a[2] * b[2];
 }
 
+template <class T> HD void cross(const T* a, const T* b, T* c) {
+  c[0] = a[1] * b[2] - a[2] * b[1];
+  c[1] = a[2] * b[0] - a[0] * b[2];
+  c[2] = a[0] * b[1] - a[1] * b[0];
+}
+
 // ---- Gaussian -> splat --------------------------------------------------------------------------
 
 // Rotation (3,3) of a quaternion w x y z of any length > 0.
@@ -218,21 +224,25 @@ template <class T> HD Projection<T> projection(const Gaussian<T>& g, const View<
 // |M0 x M1|^2 + 0.3 (tr - 0.3): a sum of positive terms, so it never cancels to below 0.09.
 template <class T> HD void conic(const T* M, T& A, T& B, T& C, T& xx, T& yy, T& det) {
   xx = dot(M, M) + T(LOW_PASS), yy = dot(M + 3, M + 3) + T(LOW_PASS);
-  const T m[3] = {M[1] * M[5] - M[2] * M[4], M[2] * M[3] - M[0] * M[5], M[0] * M[4] - M[1] * M[3]};
+  T m[3];
+  cross(M, M + 3, m);
   det = dot(m, m) + T(LOW_PASS) * (xx + yy - T(LOW_PASS));
   A = yy / det, B = -dot(M, M + 3) / det, C = xx / det;
 }
 
-// d_cov = -Q G Q with Q = [A B; B C] and G = [d_A d_B/2; d_B/2 d_C]; d_M = 2 d_cov M
+// d_M = -2 Q G (Q M) with Q = [A B; B C] and G = [d_A d_B/2; d_B/2 d_C]. Q M is formed first and
+// from m = M0 x M1: along a needle, Q times the rows of M would be a difference of large numbers.
 template <class T>
-HD void conic_vjp(const T* M, T A, T B, T C, T d_A, T d_B, T d_C, T* d_M) {
-  const T h = d_B / 2;
-  const T a = A * d_A + B * h, b = A * h + B * d_C;             // Q G = [a b; c d]
-  const T c = B * d_A + C * h, d = B * h + C * d_C;
-  const T xx = -2 * (a * A + b * B), xy = -2 * (a * B + b * C), yy = -2 * (c * B + d * C);
+HD void conic_vjp(const T* M, T A, T B, T C, T det, T d_A, T d_B, T d_C, T* d_M) {
+  T m[3], N[6];                                                 // N = Q M
+  cross(M, M + 3, m);
+  cross(M + 3, m, N);
+  cross(m, M, N + 3);
+  for (int j = 0; j < 6; j++) N[j] = (N[j] + T(LOW_PASS) * M[j]) / det;
   for (int j = 0; j < 3; j++) {
-    d_M[j] = xx * M[j] + xy * M[3 + j];
-    d_M[3 + j] = xy * M[j] + yy * M[3 + j];
+    const T a = d_A * N[j] + d_B / 2 * N[3 + j], b = d_B / 2 * N[j] + d_C * N[3 + j];   // G N
+    d_M[j] = -2 * (A * a + B * b);
+    d_M[3 + j] = -2 * (B * a + C * b);
   }
 }
 
@@ -265,7 +275,7 @@ HD void project_vjp(const Gaussian<T>& g, const View<T>& c, const Moments<T>& m,
   // alpha = o e^p, p = -(A dx^2 + C dy^2)/2 - B dx dy, so with v = alpha dL/dalpha:
   d_g.opacity += m.s / g.opacity;
   const T d_x = -(A * m.sx + B * m.sy), d_y = -(B * m.sx + C * m.sy);
-  conic_vjp(p.M, A, B, C, -m.sxx / 2, -m.sxy, -m.syy / 2, d_M);
+  conic_vjp(p.M, A, B, C, det, -m.sxx / 2, -m.sxy, -m.syy / 2, d_M);
   // M = P R S
   for (int i = 0; i < 3; i++)
     for (int j = 0; j < 3; j++) {
