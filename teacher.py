@@ -22,8 +22,8 @@ from rasterize import Camera, fail, render
 
 
 class Encoder(nn.Module):
-    """The teacher's errors in further views -> a short code (ours). Their average colour enters the
-    code through one linear layer, so that the code is informative from the first step."""
+    """The teacher's errors in further views -> a short code (ours). Their hue enters the code through
+    one linear layer, so that the code is informative from the first step."""
 
     def __init__(self, code):
         super().__init__()
@@ -31,8 +31,8 @@ class Encoder(nn.Module):
         self.convs = nn.Sequential(*[layer for a, b in pairwise(widths) for layer in (
             nn.Conv2d(a, b, 3, stride=2, padding=1), group_norm(b), nn.SiLU())])
         self.mlp = nn.Sequential(nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, code))
-        self.colour = nn.Linear(3, code)
-        nn.init.normal_(self.colour.weight)
+        self.hue = nn.Linear(3, code)
+        nn.init.normal_(self.hue.weight)
 
     def forward(self, error):
         """error (B, V, 3, H, W), true minus rendered views -> (B, code) in [-1, 1]."""
@@ -40,8 +40,13 @@ class Encoder(nn.Module):
         error = error / size.clamp(min=1e-6)                                  # mean square 1
         found = self.convs(error.flatten(0, 1)).mean((2, 3))                  # (BV, 128)
         found = found.unflatten(0, error.shape[:2]).mean(1)                   # (B, 128)
-        colour = 20 * error.mean((1, 3, 4))                                   # (B, 3) about 1
-        return (self.colour(colour) + self.mlp(found)).tanh()                 # (B, code)
+        # A wrong edge or shade is an error of brightness, a wrong paint is one of hue. The mean of
+        # its direction, weighted by its size cubed: 0 if errors cancel, length 1 if all agree.
+        hue = error - error.mean(2, keepdim=True)                             # (B, V, 3, H, W)
+        length = hue.square().sum(2, keepdim=True).sqrt()                     # (B, V, 1, H, W)
+        total = length.pow(3).sum((1, 3, 4)).clamp(min=1e-6)                  # (B, 1)
+        hue = (length.square() * hue).sum((1, 3, 4)) / total                  # (B, 3)
+        return (self.hue(hue) + self.mlp(found)).tanh()                       # (B, code)
 
 
 class Teacher(nn.Module):

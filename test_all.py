@@ -1631,7 +1631,7 @@ def test_samples_drawn_together_are_those_drawn_one_by_one(device):
                 eps = torch.randn(1, S, 16, 16, generator=gen).to(device)
                 g = denoiser.gaussians(denoiser.sample(seen, eps, 3), here.K[:, 0])
                 torch.testing.assert_close(x_hat[k:k + 1], render(g, here, white)[0], rtol=0,
-                                           atol=2e-3)
+                                           atol=5e-3)   # a fragment may cross 1/255
 
 
 # ---- the scripts ---------------------------------------------------------------------------------

@@ -111,13 +111,13 @@ GPU = dict(n_train=2000, n_test=200, size=128, width=64, mult=(1, 2, 2, 2), attn
            iters=(20000, 5000, 2000), batch=(32, 32, 10), lr=(5e-4, 5e-4, 5e-5), views=4,
            warmup=500, ema=0.999, told=16, t_known=80, steps=STEPS, eval_views=50, log_every=50,
            preview_every=500, save_every=500, bf16=True, graph=True, compile=True,
-           weighting="noise")
+           weighting="noise", w_3dgs=0.1)
 # What the paper says, and where it is silent Splatter Image: its teacher is --width=128 --blocks=4.
 # iters are ours, of stages 1 and 2; those of stage 0 stand in data.DATASETS.
 PAPER = dict(code=0, t_known=T - 1, size=128, width=96, mult=(1, 2, 2, 2), blocks=3, attn=16,
              warm_start=False, views=4, batch=(8, 100, 10), lr=(5e-5, 1e-4, 5e-5), clip=1e9,
-             ema=0.9999, warmup=500, w_cyc=1.0, weighting="noise", steps=STEPS, eval_views=0,
-             checkpoint=True, iters=(100_000, 20_000))
+             ema=0.9999, warmup=500, w_3dgs=1.0, w_cyc=1.0, weighting="noise", steps=STEPS,
+             eval_views=0, checkpoint=True, iters=(100_000, 20_000))
 # These may differ when a run goes on.
 SESSION = {"out", "root", "device", "eval_only", "max_steps", "eval_views", "samples", "split",
            "log_every", "preview_every", "save_every", "graph", "compile", "checkpoint", "lpips"}
