@@ -22,7 +22,7 @@ from rasterize import Camera, fail, render
 
 
 class Encoder(nn.Module):
-    """The teacher's errors in further views -> a short code (ours). Their hue enters the code through
+    """The teacher's errors in further views -> a short code (ours). Their hue enters the code by
     one linear layer, so that the code is informative from the first step."""
 
     def __init__(self, code):
