@@ -402,6 +402,9 @@ def load_network(path, cls, device="cpu"):
     c = load_checkpoint(path, ("network", "config", "state", "meta"))
     if c["network"] != cls.__name__:
         fail(f"{path}: holds a {c['network']}, a {cls.__name__} is needed here")
-    network = cls(ModelConfig(**c["config"]))
-    network.load_state_dict(c["state"])
+    try:
+        network = cls(ModelConfig(**c["config"]))
+        network.load_state_dict(c["state"])
+    except Exception as e:
+        fail(f"{path}: a {c['network']} of another version ({' '.join(str(e).split())[:200]})")
     return network.eval().to(device), c["meta"]

@@ -331,8 +331,8 @@ def evaluate(predict, views, cfg, n_views, objects, title="", lpips=None):
                 r["std"] = novel.std(0).mean(1)[where].mean()
         if views.meta["procedural"]:
             v, *pair = cars.door_pair(views, o, data.resize)
-            index = torch.tensor([int(index[0]), v])                          # (2,)
-            x, cam = object_views(views, index, cfg)                          # (1, 2, 3, H, W)
+            facing = torch.stack([index[0], torch.tensor(v)])                 # (2,)
+            x, cam = object_views(views, facing, cfg)                         # (1, 2, 3, H, W)
             door = repeat(views_of(cam, [1]), len(g.xyz))
             x_hat, _, _ = render(g, door, background)                         # (n, 1, 3, H, W)
             r |= cars.door_scores(x_hat[:, 0], x[0, 1], *(p.to(x) for p in pair))

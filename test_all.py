@@ -2307,6 +2307,9 @@ def test_bad_input_is_one_clear_line(trained, cars, tmp_path, monkeypatch):
     (tmp_path / "broken.png").write_bytes(image.read_bytes()[:200])
     (tmp_path / "not.pt").write_bytes(b"not a checkpoint")
     torch.save(dict(a=1), tmp_path / "other.pt")
+    older = torch.load(out / "stage_2.pt", weights_only=True)
+    older["state"]["older"] = older["state"].pop("stats")
+    torch.save(older, tmp_path / "older.pt")
     (tmp_path / "file").write_text("")
     before = (out / "resume.pt").read_bytes()
     weights = ["--weights", out / "stage_2.pt", "--device", "cpu"]
@@ -2325,6 +2328,7 @@ def test_bad_input_is_one_clear_line(trained, cars, tmp_path, monkeypatch):
         ("sample", [image, "--weights", tmp_path / "none.pt"], "none.pt"),
         ("sample", [image, "--weights", tmp_path / "not.pt"], "not.pt"),
         ("sample", [image, "--weights", tmp_path / "other.pt"], "other.pt"),
+        ("sample", [image, "--weights", tmp_path / "older.pt"], "older.pt"),
         ("sample", [image, "--weights", out / "teacher.pt"], "teacher.pt"),
         ("sample", [image, *weights, "--out", tmp_path / "file"], "file"),
         ("sample", [image, *weights, "--samples", "0"], "--samples 0"),
