@@ -2491,6 +2491,57 @@ def test_the_slider_goes_from_noise_to_the_result(viewer):
         assert f"{step} of 2" in page.js("document.querySelector('label').textContent")
 
 
+@pytest.fixture
+def phone(viewer):
+    """-> phone(w, h): the page in a window of a phone, turning."""
+    page, _ = viewer
+
+    def window(w, h, mobile=True):
+        page("Emulation.setDeviceMetricsOverride", width=w, height=h, deviceScaleFactor=1,
+             mobile=mobile)
+        page.view(turn=int(mobile))
+        return page
+    yield window
+    page.js("document.querySelectorAll('.more').forEach(button => button.remove())")
+    window(800, 500, mobile=False)
+
+
+@pytest.mark.parametrize("w, h", [(320, 568), (390, 664)])
+def test_a_phone_shows_every_sample_and_the_tools(phone, w, h):
+    """An input, four samples and a teacher are in the window. With thirty more the strip scrolls,
+    down and not sideways, until the last is seen; the image and the tools stay where they are."""
+    page = phone(w, h)
+    for more, scrolls in (3, False), (30, True):
+        page.js(f"for (let k = 0; k < {more}; k++) {{"
+                " const button = document.querySelector('#strip button').cloneNode(true);"
+                " button.className = 'more'; document.querySelector('#strip').append(button); }")
+        sideways, down = page.js(
+            "(s => [s.scrollWidth - s.clientWidth, s.scrollHeight - s.clientHeight])"
+            "(document.querySelector('#strip'))")
+        assert sideways == 0 and (down > 0) == scrolls
+        page.js("document.querySelector('#strip').scrollTo(0, 1e5)")
+        for query in "#strip > :last-child", "#turn", "#save", "#stage canvas":
+            x, y, width, height = page.box(query)
+            assert x >= 0 and x + width <= w and y >= 0 and y + height <= h, (more, query)
+            assert page.js(f"document.querySelector({query!r}).contains("
+                           f"document.elementFromPoint({x + width / 2}, {y + height / 2}))")
+        assert height > h / 3                                                 # of the image
+
+
+def test_a_finger_turns_the_viewer_and_a_hint_says_so(phone):
+    """A drag that starts on the hint turns the view, does not move the page, and ends the hint."""
+    page = phone(390, 664)
+    hint, elevation = "document.querySelector('#stage').innerText.trim()", page.js("view.elevation")
+    assert page.js(hint) == "drag to turn"
+    x, y, w, h = page.box("#hint")
+    for kind, points in [("touchStart", [(0, 0)]), ("touchMove", [(-15, -25)]),
+                         ("touchMove", [(-30, -50)]), ("touchEnd", [])]:
+        page("Input.dispatchTouchEvent", type=kind,
+             touchPoints=[dict(x=x + w / 2 + dx, y=y + h / 2 + dy) for dx, dy in points])
+    assert page.js("view.elevation") == pytest.approx(elevation - 20)
+    assert page.js(hint) == "" and page.js("scrollY") == page.js("scrollX") == 0
+
+
 def unpacked(html):
     """What the page reads, by an independent reader -> scene, with q (states, 23, n) per object."""
     text = html.split('<script id="scene" type="application/json">')[1].split("</script>")[0]
