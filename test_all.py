@@ -2491,6 +2491,32 @@ def test_the_slider_goes_from_noise_to_the_result(viewer):
         assert f"{step} of 2" in page.js("document.querySelector('label').textContent")
 
 
+def test_the_tilt_of_the_viewer_is_that_of_another_elevation(viewer, tmp_path):
+    """Against the splats that sample.upright makes with the elevation that the slider says: their
+    render, and the .ply; Reset view takes it back."""
+    page, objects = viewer
+    x, y, w, h = page.box("#down")
+    for kind in "mousePressed", "mouseReleased":
+        page("Input.dispatchMouseEvent", type=kind, x=x + w * 0.8, y=y + h / 2, button="left",
+             clickCount=1)
+    down = page.js("view.down")
+    assert 40 < down < 70 and f"by {down}°" in page.js("document.querySelector('aside').innerText")
+    pose = sample.level(dict(LOOK, elevation=down)) @ invert_pose(sample.level(LOOK))
+    g = transform(objects["teacher"][0], pose[None])
+    for azimuth in 0, 110:
+        assert psnr_of_page(page, [g], azimuth, object="teacher", down=down) > 40, azimuth
+    saved = page.js("new Response(ply(splats(objects[1], 0), objects[1].n)).arrayBuffer()"
+                    ".then(buffer => [...new Uint8Array(buffer)])")
+    expected = sample.ply_bytes(pick(g, g.opacity[0] >= rasterize.ALPHA_MIN))
+    for name, content in dict(saved=bytes(saved), expected=expected).items():
+        (tmp_path / name).write_bytes(content)
+    p, q = read_ply(tmp_path / "saved"), read_ply(tmp_path / "expected")
+    for name in "x", "y", "z", "scale_0", "opacity", *(f"f_rest_{k}" for k in range(45)):
+        np.testing.assert_allclose(p[name], q[name], rtol=0, atol=1e-3)
+    page.js("document.querySelector('#reset').click()")
+    assert psnr_of_page(page, objects["teacher"], 110, object="teacher") > 40
+
+
 @pytest.fixture
 def phone(viewer):
     """-> phone(w, h): the page in a window of a phone, turning."""
