@@ -37,7 +37,6 @@ from teacher import Teacher
 from toys import cars
 
 HERE = Path(__file__).parent
-FPS = 12        # of the film
 STRANGE = 11    # dB below held-out cars at which a picture is warned of; chairs lie there
 
 
@@ -88,8 +87,8 @@ def results(path, networks, a):
     found = psnr(renderings(first, cam, background, [0]), x[:, :1]).item()    # dB
     usual = meta.get("source", 0)
     if found < usual - STRANGE:
-        warn(path, f"its own view comes back at {found:.0f} dB, {usual:.0f} is usual: these "
-             f"weights know {meta['dataset']}, and see something else")
+        warn(path, f"its own view comes back at {found:.0f} dB; {usual:.0f} is usual for held-out "
+             f"{meta['dataset']}, with which these weights were trained")
     middle = (denoiser.cfg.near + denoiser.cfg.far) / 2 + K[0, 4:].sum().item()
     look = dict(distance=middle, elevation=a.elevation, focal=K[0, 0].item() / size,
                 background=meta["background"])
@@ -123,7 +122,7 @@ def results(path, networks, a):
         s = trail[k].lerp(trail[k + 1], step - k)                             # (B, 24, H, W)
         film.append(photograph(place(denoiser, s), angle, look, a.size))
     film = [np.hstack(x) for x in film + turn]                                # (P, B P, 3) each
-    yield "film.webp", encoded(film, "WEBP", save_all=True, duration=1000 // FPS, loop=0)
+    yield "film.webp", encoded(film, "WEBP", save_all=True, duration=83, loop=0)     # 12 a second
     for k in range(a.samples):
         yield f"sample_{k}.ply", ply_bytes(one(g, k))
     if a.samples > 1:
@@ -145,8 +144,8 @@ def orbit(angle, look):
     s = math.sin(math.radians(look["elevation"]))
     x = math.cos(angle)
     y = math.sin(angle)
-    return torch.tensor([[[[x, 0, y, 0], [s * y, c, -s * x, 0], [-c * y, s, c * x, look["distance"]],
-                           [0, 0, 0, 1]]]])
+    R_t = [[x, 0, y, 0], [s * y, c, -s * x, 0], [-c * y, s, c * x, look["distance"]]]
+    return torch.tensor([[[*R_t, [0, 0, 0, 1]]]])
 
 
 def upright(g, look, size):
@@ -155,7 +154,7 @@ def upright(g, look, size):
     that width for good, in world units."""
     pixel = look["distance"] / (look["focal"] * size)                         # at the object
     g = g._replace(scale=(g.scale ** 2 + LOW_PASS * pixel ** 2).sqrt())       # (B, N, 3)
-    pose = invert_pose(orbit(0, look))[0].to(g.xyz.device)       # (1, 4, 4)
+    pose = invert_pose(orbit(0, look))[0].to(g.xyz.device)                    # (1, 4, 4)
     return transform(g, pose.expand(len(g.xyz), -1, -1))
 
 
@@ -203,6 +202,14 @@ def opposite_views(views, o):
     index = test_views(views, o)                                              # (V,)
     axes = views.c2w[index, :3, 2].cpu()                                      # (V, 3)
     return index[[0, int((axes @ axes[0]).argmin())]]                         # (2,)
+
+
+def told_views(views, o, n):
+    """The source view of test object o and n random others: indices (1 + n,). Evenly spaced ones
+    may all be from one side, as SRN's test cameras wind around the object."""
+    index = test_views(views, o)                                              # (V,)
+    order = torch.randperm(len(index) - 1, generator=torch.Generator().manual_seed(o))
+    return index[[0, *(1 + order[:n]).tolist()]]
 
 
 def scene(views, index, cfg):
@@ -305,12 +312,10 @@ def score_table(cfg, train_views, views, about):
     objects = range(len(views))
     few = train_views.images[:: max(1, len(train_views.images) // 4096)]      # (M, 3, H, W)
     mean = (few.float().mean(0) / 255).to(cfg.device)                         # (3, H, W)
-    rows = {"mean image": average_scores(
-        [dict(one=psnr(mean, scene(views, test_views(views, o, cfg.eval_views)[1:], cfg)[0]).mean())
-         for o in objects])}
-
-    def told(views, o):
-        return test_views(views, o, cfg.told)
+    targets = [test_views(views, o, cfg.eval_views)[1:] for o in objects]     # (V,) each
+    floor = [psnr(mean, scene(views, index, cfg)[0]).mean().item() for index in targets]
+    rows = {"mean image": dict(one=round(float(np.mean(floor)), 6))}
+    told = lambda views, o: told_views(views, o, cfg.told)
     for name, given in {"teacher": None, f"teacher, told {cfg.told} views": told,
                         "stage 1": None, "stage 1, guided by 1": opposite_views,
                         "stage 2": None, "stage 2, guided by 1": opposite_views}.items():
@@ -329,12 +334,13 @@ def score_table(cfg, train_views, views, about):
         rows[name] = dict(average_scores(scores), minutes=meta["minutes"],
                           parameters=sum(p.numel() for p in network.parameters()))
     kind = "procedural" if views.meta["procedural"] else "real"
+    sources = {str(int(test_views(views, o)[0] - views.start[o])) for o in objects}
     record = json.dumps(dict(table=rows, kind=kind, **about), indent=1)
     write_atomically(out / "results.json", lambda file: file.write(record.encode()))
     return (f"{views.meta['dataset']} ({kind}), {cfg.size}x{cfg.size}, {len(views)} {cfg.split} "
-            f"objects, view {views.meta['source']} or else the first in, {cfg.eval_views or 'all'} "
-            f"others out, {cfg.samples} samples, seed {cfg.seed}; PSNR of one, their mean, the "
-            f"best; std where the source hides\n{format_rows(rows)}")
+            f"objects, view {' or '.join(sources)} in, {cfg.eval_views or 'all'} others out, "
+            f"{cfg.samples} samples, seed {cfg.seed}; PSNR of one, their mean, the best; std where "
+            f"the source hides\n{format_rows(rows)}")
 
 
 def format_rows(rows):
@@ -455,25 +461,42 @@ def warn(path, text):
     print(f"warning: {path}: {text}", file=sys.stderr)
 
 
-def find_subject(image, background):
-    """RGBA image -> (the same, with a transparent ground unless that is the training background
-    already; subject (h, w) bool, or None if no ground is found). By alpha, else by distance from
-    the border's colour."""
+def frame(path, image, background):
+    """RGBA image -> a square one, around the subject if that does not lie as in training. Beyond
+    the picture it is transparent; so is the ground, unless it is the training background already.
+    The subject is told by alpha, else by distance from the border's colour."""
     rgba = np.asarray(image)                                                  # (h, w, 4)
-    if rgba[..., 3].min() < 128:
-        return image, rgba[..., 3] > 127
-    edge = np.ones(rgba.shape[:2], bool)                                      # (h, w)
-    edge[1:-1, 1:-1] = False
-    rgb = rgba[..., :3].astype(float)                                         # (h, w, 3)
-    ground = np.median(rgb[edge], 0)                                          # (3,)
-    far = abs(rgb - ground).max(2)                                            # (h, w) grey levels
-    noise = np.quantile(far[edge], 0.9)
+    cover = rgba[..., 3] / 255                                                # (h, w) in [0, 1]
+    noise = 0
+    if cover.min() > 0.5:
+        edge = np.ones(cover.shape, bool)                                     # (h, w)
+        edge[1:-1, 1:-1] = False
+        rgb = rgba[..., :3].astype(float)                                     # (h, w, 3)
+        far = abs(rgb - np.median(rgb[edge], 0)).max(2)                       # (h, w) grey levels
+        noise = np.quantile(far[edge], 0.9)
+        cover = (far / (8 + 2 * noise) - 1).clip(0, 1)                        # (h, w)
+        if noise <= 24 and (rgb[edge] != np.multiply(background, 255)).any():
+            image.putalpha(Image.fromarray((255 * cover).astype(np.uint8)))
+    side = max(image.size)
+    corner = (np.array(image.size) - side) // 2                               # x y, at most 0
+    box = Image.fromarray(cover > 0.5).getbbox()
     if noise > 24:
-        return image, None
-    cover = (far / (8 + 2 * noise) - 1).clip(0, 1)                            # (h, w)
-    if (rgb[edge] != np.multiply(background, 255)).any():
-        image.putalpha(Image.fromarray((255 * cover).astype(np.uint8)))
-    return image, cover > 0.5
+        warn(path, "its background has more than one colour; for good splats cut the object out, "
+             "on a transparent or plain ground")
+    elif not box:
+        fail(f"{path}: there is nothing but background; give a picture of an object")
+    else:
+        low, high = np.reshape(box, (2, 2))                                   # x y each
+        middle = (low + high) / 2
+        extent = max(high - low)                                              # pixels
+        if min(*low, *image.size - high) == 0:
+            warn(path, "the object is cut off by the picture's edge; in training it never is")
+        off = abs((middle - corner) / side - MIDDLE).max()
+        if not 0.35 <= extent / side <= 0.80 or off > 0.1:
+            side = round(extent / SHARE)
+            corner = (middle - side * MIDDLE).round().astype(int)
+    x, y = corner.tolist()
+    return image.crop((x, y, x + side, y + side))
 
 
 def prepare(path, size, background, posed=False):
@@ -483,30 +506,11 @@ def prepare(path, size, background, posed=False):
     if (path.parent.parent / "intrinsics.txt").exists():   # SRN's pictures are composited already,
         image.putalpha(255)                                # and their alpha is only the mask
     image.thumbnail((16 * size, 16 * size))
-    side = max(image.size)
-    corner = (np.array(image.size) - side) // 2                               # x y, at most 0
-    if posed and corner.any():
-        fail(f"{path}: not square; with --view all pictures must be")
     if not posed:
-        image, subject = find_subject(image, background)
-        if subject is None:
-            warn(path, "its background has more than one colour; for good splats cut the object "
-                 "out, on a transparent or plain ground")
-        elif not subject.any():
-            fail(f"{path}: there is nothing but background; give a picture of an object")
-        else:
-            low, high = np.reshape(Image.fromarray(subject).getbbox(), (2, 2))    # x y each
-            middle = (low + high) / 2
-            extent = max(high - low)                                          # pixels
-            if min(*low, *image.size - high) == 0:
-                warn(path, "the object is cut off by the picture's edge; in training it never is")
-            off = abs((middle - corner) / side - MIDDLE).max()
-            if not 0.35 <= extent / side <= 0.80 or off > 0.1:
-                side = round(extent / SHARE)
-                corner = (middle - side * MIDDLE).round().astype(int)
-    x, y = corner.tolist()
-    square = image.crop((x, y, x + side, y + side))        # transparent beyond the picture
-    return data.resize(data.on_background(square, background), size)
+        image = frame(path, image, background)
+    elif image.width != image.height:
+        fail(f"{path}: not square; with --view all pictures must be")
+    return data.resize(data.on_background(image, background), size)
 
 
 def read_views(path, size, meta, a):

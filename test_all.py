@@ -1576,7 +1576,7 @@ def test_codes_of_others_are_what_the_others_say(cars):
     cfg = train.Config(size=16, code=4, told=3, device="cpu", samples=3)
     teacher = Teacher(TOLD)
     shake(teacher)
-    told = lambda views, o: sample.test_views(views, o, 3)
+    told = lambda views, o: sample.told_views(views, o, 3)
     (x, cam), (y, there) = [data.gather(views, told(views, o)[None]) for o in range(2)]
     with torch.no_grad():
         raw, _ = teacher.unet(x[:, 0], code=teacher.code(y, there, white))
@@ -1953,7 +1953,7 @@ def test_a_picture_of_something_else_is_warned_of(tmp_path):
                   "--frames=2", f"--weights={HERE}/weights/cars.pt", cwd=tmp_path)
     assert said.count("differ most from 180 degrees") == 2                    # not from 0
     warnings = [line for line in said.splitlines() if line.startswith("warning")]
-    assert len(warnings) == 1 and "stripes.png" in warnings[0] and "know cars" in warnings[0]
+    assert len(warnings) == 1 and "stripes.png" in warnings[0] and "for held-out cars" in warnings[0]
 
 
 def test_sampling_writes_pictures_and_splats_and_repeats_itself(trained, tmp_path):

@@ -29,7 +29,7 @@ def by_codes(teacher, views, cfg):
     @functools.cache
     @torch.no_grad()
     def code(o):
-        index = sample.test_views(views, o, cfg.told)                         # (1 + told,)
+        index = sample.told_views(views, o, cfg.told)                         # (1 + told,)
         return teacher.code(*sample.scene(views, index, cfg))                 # (1, code)
 
     def predict(o):
