@@ -29,31 +29,33 @@ def by_codes(teacher, views, cfg):
     @functools.cache
     @torch.no_grad()
     def code(o):
-        x, cam = sample.object_views(views, sample.told_views(views, o, cfg.told), cfg)
-        return teacher.code(x, cam, sample.background_of(views, cfg))         # (1, code)
+        index = sample.told_views(views, o, cfg.told)                         # (1 + told,)
+        return teacher.code(*sample.scene(views, index, cfg))                 # (1, code)
 
-    def predict(o, x_src, K):
+    def predict(o):
+        x, cam, _ = sample.scene(views, sample.test_views(views, o)[:1], cfg)     # (1, 1, 3, H, W)
         others = [i for i in range(len(views)) if i != o]
         codes = [code(others[(o + k) % len(others)]) for k in range(cfg.samples)]
-        raw, _ = teacher.unet(x_src.expand(cfg.samples, -1, -1, -1), code=torch.cat(codes))
-        return teacher.gaussians(raw, K.expand(cfg.samples, -1))              # (n, N, ..)
+        raw, _ = teacher.unet(x[:, 0].expand(cfg.samples, -1, -1, -1), code=torch.cat(codes))
+        return teacher.gaussians(raw, cam.K[:, 0].expand(cfg.samples, -1))    # (n, N, ..)
     return predict
 
 
 def by_optimised_teacher(teacher, views, cfg, steps=100):
     """The teacher's splats, optimised by Adam on the source and the opposite view."""
-    def predict(o, x_src, K):
+    def predict(o):
         source, other = sample.opposite_views(views, o)
-        x, cam = sample.object_views(views, torch.stack([source, source, other]), cfg)
-        error = sample.guidance(teacher, x, cam, sample.background_of(views, cfg))
-        raw = teacher(x_src[:, None]).requires_grad_()                        # (1, 24, H, W)
+        index = torch.stack([source, source, other])
+        x, cam, background = sample.scene(views, index, cfg)                  # (1, 3, 3, H, W)
+        error = sample.guidance(teacher, x, cam, background)
+        raw = teacher(x[:, :1]).requires_grad_()                              # (1, 24, H, W)
         adam = torch.optim.Adam([raw], lr=0.02)
         with torch.enable_grad():
             for _ in range(steps):
                 adam.zero_grad()
                 error(raw).sum().backward()
                 adam.step()
-        return teacher.gaussians(raw.detach(), K)
+        return teacher.gaussians(raw.detach(), cam.K[:, 0])
     return predict
 
 
@@ -72,8 +74,7 @@ def main():
     teacher, _ = load_network(out / "teacher.pt", Teacher, cfg.device)
     rows = {"teacher, optimised on 1": by_optimised_teacher(teacher, views, cfg)}
     if teacher.encoder:
-        rows["teacher, told 1 view"] = sample.by_told_teacher(teacher, views, cfg,
-                                                              sample.opposite_views)
+        rows["teacher, told 1 view"] = sample.predictor(teacher, views, cfg, sample.opposite_views)
     if teacher.encoder and len(views) > 1:
         rows["teacher, codes of others"] = by_codes(teacher, views, cfg)
     scores = {name: sample.average_scores(sample.evaluate(
