@@ -8,7 +8,7 @@
 returns its `Views`; `draw` and `gather` cut batches from them, so training decodes no picture.
 Nothing is downloaded: if there are no cars, toys/cars.py makes procedural ones in SRN's layout.
 
-    python data.py cars                    # prepare, print what is there, draw out/cars/data.png
+    python data.py cars                                        # prepare, print what is there
 """
 import argparse
 import hashlib
@@ -39,20 +39,24 @@ from toys import cars
 #   background   rgb
 #   source       the view of a test object that is the input; all others are targets
 #   iters        steps of the teacher | start: gain, bias of its last layer; both for --paper
+#   place        what the paths of its splits begin with, below --root
 ON_WHITE = (1., 1., 1.)
 SMALL = math.log(.02)
 CO3D = dict(near=-2.0, far=2.0, background=(0., 0., 0.), source=0, iters=900_001,
             start=dict(opacity=(1, -2), scale=(.003, SMALL), offset=(.1, 0)))
 DATASETS = {
     "cars": dict(near=0.80, far=1.80, background=ON_WHITE, source=cars.SOURCE, iters=900_001,
-                 start=dict(opacity=(.001, -3), scale=(.001, SMALL), offset=(1e-6, 0))),
+                 start=dict(opacity=(.001, -3), scale=(.001, SMALL), offset=(1e-6, 0)),
+                 place="srn_cars/cars_"),
     "chairs": dict(near=1.25, far=2.75, background=ON_WHITE, source=64, iters=1_000_001,
-                   start=dict(opacity=(.001, -2), scale=(.001, SMALL), offset=(1e-6, 0))),
-    "hydrants": CO3D, "teddybears": CO3D,
+                   start=dict(opacity=(.001, -2), scale=(.001, SMALL), offset=(1e-6, 0)),
+                   place="srn_chairs/chairs_"),
+    "hydrants": dict(CO3D, place="co3d_hydrant_for_gs/"),
+    "teddybears": dict(CO3D, place="co3d_teddybear_for_gs/"),
 }
-OWN = {**CO3D, "near": -0.5, "far": 0.5, "background": ON_WHITE}     # a folder of your own
+OWN = dict(CO3D, near=-0.5, far=0.5, background=ON_WHITE)            # a folder of your own
 EXTENT = 1.27          # world units across a picture at the object's distance, as in SRN's cars
-SOURCES = "get pixelNeRF's archive (github.com/sxyu/pixel-nerf, section \"Getting the data\")"
+OBJECTS = "folders with transforms.json (NeRF) or intrinsics.txt, rgb/ and pose/ (SRN)"
 SPLITS = "train", "val", "test"
 VERSION = 2            # of the packed files: to be raised when their bytes change
 
@@ -107,57 +111,43 @@ def prepare(dataset, root="data", size=128, n_train=200, n_test=24, seed=0, quie
             splits=SPLITS):
     """-> {split: Views} of the splits that are there. dataset: a name in DATASETS, or the path of a
     folder. If there are no cars, n_train + n_test procedural ones are made from the seed."""
-    if min(size, n_train, n_test) < 1:
-        fail(f"size {size}, {n_train} and {n_test} cars: each must be 1 or more")
-    own = Path(root, dataset)
     folders = find(root, dataset)
     limits = {}
     if dataset == "cars" and all(map(is_procedural, folders.values())):
-        said = (f"procedural cars in {own} (seed {seed}), not ShapeNet\n"
-                f"      for the real ones {SOURCES} and unpack srn_cars.zip in {root}/")
         limits = dict(train=n_train, test=n_test)
-    elif folders:
-        said = f"{Path(dataset).name} in {min(folders.values()).absolute().parent}"
-        if (own / "procedural.json").exists():
-            said += "; the procedural ones beside it are not used"
-    else:
-        missing(root, dataset)
-    if not quiet:
-        print(f"data: {said}", flush=True)
-    if limits:
-        cars.generate(own, limits, seed, partial(parallel, quiet=quiet))
+        cars.generate(Path(root, dataset), limits, seed, partial(parallel, quiet=quiet))
         folders = find(root, dataset)
+    if not folders:
+        fail(f"no dataset {dataset}: give one of {', '.join(DATASETS)}, or a folder with {OBJECTS}")
+    if not quiet:
+        said = f" (procedural, seed {seed}, not ShapeNet)" if limits else ""
+        print(f"data: {Path(dataset).name} in {min(folders.values()).parent}{said}", flush=True)
     return {split: load(root, dataset, split, size, limits.get(split), quiet) for split in folders
             if split in splits}
 
 
 def load(root, dataset, split, size, limit=None, quiet=False):
-    """One split's Views, its first `limit` objects; packs the split first if it is new. The packs
-    in <root>/.cache may be deleted at any time."""
+    """One split's Views, its first `limit` objects; packs them first if they are new. The packs in
+    <root>/.cache may be deleted at any time."""
     folders = find(root, dataset)
-    if split not in folders:
-        missing(root, dataset)
     folder = folders[split]
-    objects = list_objects(folder, split, shared=[*folders.values()].count(folder) > 1)
+    objects = list_objects(folder, split, shared=[*folders.values()].count(folder) > 1)[:limit]
     about = DATASETS.get(dataset, OWN)
-    stem = Path(root, ".cache", f"{Path(dataset).name}_{split}_{size}_{stamp(objects)}")
+    files = [files_of(os.path.realpath(item)) for item in (*objects, *folder.glob("camera_?s.npz"))]
+    stamp = hashlib.sha256(repr((VERSION, files)).encode()).hexdigest()[:12]
+    stem = Path(root, ".cache", f"{Path(dataset).name}_{split}_{size}_{stamp}")
     if not Path(f"{stem}.npz").exists():
         pack(stem, [(item, split, size, about) for item in objects], f"packing {folder}", quiet)
     with reading(stem, "a whole pack, delete it"), np.load(f"{stem}.npz") as file:
-        side = dict(file)
-        start = side["start"][:limit + 1 if limit else None]                 # (O+1,)
-        M = start[-1]
+        c2w, K, start, names, checks = file.values()
         # "c", copy on write: torch wants writable memory, and the file must never change
-        images = np.memmap(f"{stem}.u8", np.uint8, "c", shape=(M, 3, size, size))
-    left_out = len(objects) - len(side["names"])
-    if left_out and not quiet:
-        print(f"data: {left_out} objects in {folder} are left out, their cameras are not finite")
-    O = len(start) - 1
-    tensors = map(torch.from_numpy, (images, side["c2w"][:M], side["K"][:M], start))
-    return Views(*tensors, side["names"][:O].tolist(), dict(
+        images = np.memmap(f"{stem}.u8", np.uint8, "c", shape=(len(K), 3, size, size))
+    if len(names) < len(objects) and not quiet:
+        print(f"data: {len(objects) - len(names)} objects in {folder} have no finite cameras")
+    return Views(*map(torch.from_numpy, (images, c2w, K, start)), names.tolist(), dict(
         dataset=dataset, split=split, size=size, **about, root=str(folder.parent),
         procedural=dataset in DATASETS and is_procedural(folder),
-        fingerprint=hashlib.sha256(side["checks"][:O].tobytes()).hexdigest()[:12]))
+        fingerprint=hashlib.sha256(checks.tobytes()).hexdigest()[:12]))
 
 
 def read_object(folder, split, size, about):
@@ -165,8 +155,9 @@ def read_object(folder, split, size, about):
     K (V, 4 or 5) in pixels. about["background"] is the colour behind transparent pictures."""
     read = layout(folder, split) or read_srn
     with reading(folder, "an object that can be read"):
-        c2w, K, pictures = read(Path(folder), split, about["background"])
-        pixels = np.stack([resize(picture, size) for picture in pictures])   # (V, size, size, 3)
+        views = [(c2w, K, resize(picture, size))
+                 for c2w, K, picture in read(Path(folder), split, about["background"])]
+        c2w, K, pixels = map(np.stack, zip(*views))
     K[:, :4] *= size
     return pixels, c2w, K
 
@@ -192,37 +183,30 @@ def centred(c2w, K, folder, size):
 
 
 # ---- one reader a layout -------------------------------------------------------------------------
-# read(folder, split, background) -> c2w (V, 4, 4) as in OpenCV; K (V, 4 or 5), fx fy cx cy as
-# fractions of the picture's side and, in CO3D, the depth of the object's middle; and an iterator of
-# V square pictures (side, side, 3) uint8.
+# read(folder, split, background) yields the views: c2w (4, 4) as in OpenCV; K (4 or 5,), fx fy cx cy
+# as fractions of the picture's side and, in CO3D, the depth of the object's middle; and a square
+# picture (side, side, 3) uint8.
 
 def read_srn(folder, split, background):
     """intrinsics.txt: f cx cy 0. / ... / height width. pose/*.txt: camera-to-world, row-major.
     rgb/*.png: composited already, their alpha is only the object's mask."""
     path = folder / "intrinsics.txt"
-    what = "intrinsics, `f cx cy 0.` first and `height width` last, that fit together"
-    values = numbers(path, what)
-    f, cx, cy, *_, h, w = values if len(values) > 5 else [0] * 5
-    if min(f, h, w) <= 0 or not (0 <= cx <= w and 0 <= cy <= h):
-        fail(f"{path}: not {what}")
+    with reading(path, "intrinsics, `f cx cy 0.` first and `height width` last"):
+        f, cx, cy, *_, h, w = numbers(path).tolist()
+        K = pinhole([f / w, f / h, cx / w, cy / h], path)                    # (4,)
     files = sorted(folder.glob("rgb/*.png"))
     poses = sorted(folder.glob("pose/*.txt"))
     odd = {p.stem for p in files} ^ {p.stem for p in poses}
     if odd or not poses:
         odd = min(odd, default="*")
         fail(f"{folder}: needs both rgb/{odd}.png and pose/{odd}.txt; unpack the object again")
-    c2w = np.stack([rigid(numbers(p, "a pose"), p, "a pose") for p in poses])           # (V, 4, 4)
-    K = np.tile([f / w, f / h, cx / w, cy / h], (len(poses), 1))                        # (V, 4)
-
-    def pictures():
-        side = None
-        for file in files:
-            image = read_rgba(file).convert("RGB")
-            side = side or image.width
-            if image.size != (side, side):
-                fail(f"{file}: {image.size} pixels, not a square {side} wide as the object's first")
-            yield np.asarray(image)                                          # (side, side, 3)
-    return c2w, K, pictures()
+    side = None
+    for file, pose in zip(files, poses):
+        image = read_rgba(file)
+        side = side or image.width
+        if image.size != (side, side):
+            fail(f"{file}: {image.size} pixels, not a square {side} wide as the object's first")
+        yield rigid(numbers(pose), pose), K, np.asarray(image.convert("RGB"))
 
 
 def read_nerf(folder, split, background):
@@ -230,27 +214,20 @@ def read_nerf(folder, split, background):
     path = folder / f"transforms_{split}.json"
     if not path.exists():
         path = folder / "transforms.json"
-    with reading(path, "NeRF's transforms, a list `frames` with file_path and transform_matrix"):
+    with reading(path, "NeRF's transforms, a list `frames`, each with file_path, transform_matrix "
+                       "and fl_x or camera_angle_x"):
         common = json.loads(path.read_text())
-        frames = [{**common, **frame} for frame in common["frames"]]         # may override all
-        files, c2w, K = zip(*[nerf_frame(path, frame) for frame in frames])
-
-    def pictures():
-        for file in files:
-            image = read_rgba(file)
-            w, h = image.size
-            side = max(w, h)
-            square = Image.new("RGBA", (side, side))                         # transparent
-            square.paste(image, ((side - w) // 2, (side - h) // 2))
-            yield on_background(square, background)                          # (side, side, 3)
-    return np.stack(c2w), np.stack(K), pictures()
+        if not common["frames"]:
+            raise ValueError("no frames")
+        for frame in common["frames"]:
+            yield nerf_frame(path, {**common, **frame}, background)
 
 
-def nerf_frame(path, frame):
-    """-> its picture's path, c2w (4, 4), K (4,). A frame has camera-to-world with OpenGL's axes (y
-    up, z backward), and focal lengths as fl_x, fl_y in pixels or as the angle camera_angle_x."""
+def nerf_frame(path, frame, background):
+    """A frame has camera-to-world with OpenGL's axes (y up, z backward), and focal lengths as fl_x,
+    fl_y in pixels or as the angle camera_angle_x."""
     name = frame["file_path"]
-    if any(part[0] in "./" for part in Path(name).parts):      # `stamp` looks only below it
+    if any(part[0] in "./" for part in Path(name).parts):      # `load` looks only below it
         fail(f"{path}: {name} is not below this folder; copy the pictures there")
     files = [path.parent / (name + end) for end in ("", ".png", ".jpg", ".jpeg")]
     file = next(filter(Path.is_file, files), None)
@@ -259,23 +236,22 @@ def nerf_frame(path, frame):
     if any(map(frame.get, ("k1", "k2", "k3", "k4", "p1", "p2", "is_fisheye"))):
         fail(f"{path}: its lens distorts, a pinhole camera is needed; undistort the pictures "
              "(colmap image_undistorter), or set k1 to p2 to 0 to ignore it")
-    with reading(file, "a readable image"), Image.open(file) as image:
-        size = np.array(image.size)                                          # (2,) w h
-        if image.getexif().get(0x0112, 1) != 1:
-            raise ValueError("EXIF turns it, its camera may be of either; save it upright")
-    with reading(path, f"a camera of {file}: transform_matrix, and fl_x or camera_angle_x"):
-        matrix = np.array(frame["transform_matrix"], np.float64)             # (4, 4) or (3, 4)
-        matrix = np.vstack([matrix, [0, 0, 0, 1]])[:4]                       # (4, 4)
-        w = frame.get("w", size[0])                                          # as K counts: the
-        h = frame.get("h", size[1])                                          # file may be resized
-        fx = frame["fl_x"] if "fl_x" in frame else w / 2 / math.tan(frame["camera_angle_x"] / 2)
-        fy = frame.get("fl_y", fx)
-        K = np.array([[fx, fy], [frame.get("cx", w / 2), frame.get("cy", h / 2)]])      # (2, 2)
-        if not (np.isfinite(K).all() and min(fx, fy) > 0):
-            raise ValueError("a focal length that is not a positive number")
-    K = K / [w, h] * size
-    K[1] += (size.max() - size) // 2                                         # of the padded square
-    return file, rigid(matrix, f"{path}: {file}", "a pose") * [1, -1, -1, 1], K.ravel() / size.max()
+    image = read_rgba(file)
+    if Image.open(file).getexif().get(0x0112, 1) != 1:
+        fail(f"{file}: EXIF turns it, its camera may be of either; save it upright")
+    size = np.array(image.size)                                              # (2,) w h
+    side = size.max()
+    pad = (side - size) // 2                                                 # (2,) left and above
+    w = frame.get("w", size[0])                            # the file may be resized, K counts in
+    h = frame.get("h", size[1])                            # pixels as they were
+    fx = frame["fl_x"] if "fl_x" in frame else w / 2 / math.tan(frame["camera_angle_x"] / 2)
+    fy = frame.get("fl_y", fx)
+    K = pinhole([fx / w, fy / h, frame.get("cx", w / 2) / w, frame.get("cy", h / 2) / h], path)
+    K = (K * [*size, *size] + [0, 0, *pad]) / side                           # (4,)
+    square = ImageOps.expand(image, (*pad, *(side - size - pad)))            # transparent beside it
+    m = np.vstack([frame["transform_matrix"], [0, 0, 0, 1]])[:4]             # from (4, 4) or (3, 4)
+    c2w = rigid(m, f"{path}: {file}") * [1, -1, -1, 1]                       # (4, 4)
+    return c2w, K, on_background(square, background)
 
 
 def read_co3d(folder, split, background):
@@ -285,29 +261,27 @@ def read_co3d(folder, split, background):
     with reading(folder, "a sequence with cameras; it needs an entry in camera_Rs.npz and "
                          "camera_Ts.npz beside it: preprocess again, or name it in skip.txt"):
         R, T = (np.load(folder.parent / f"camera_{x}.npz")[folder.name] for x in ("Rs", "Ts"))
-        V = len(T)
-        R = R.reshape(V, 3, 3)                                               # (V, 3, 3)
-        T = T.reshape(V, 3, 1)                                               # (V, 3, 1)
-        K = np.full((V, 5), .5)                                              # (V, 5)
-        K[:, :2] = np.load(folder / "focal_lengths.npy").reshape(V, -1) / 2
-        K[:, 4] = T[:, 2, 0]
-    c2w = np.tile(np.eye(4), (V, 1, 1))                                      # (V, 4, 4)
+        R = R.reshape(-1, 3, 3)                                              # (V, 3, 3)
+        T = T.reshape(-1, 3, 1)                                              # (V, 3, 1)
+        focal = np.load(folder / "focal_lengths.npy").reshape(len(R), -1)    # (V, 1 or 2)
+    c2w = np.tile(np.eye(4), (len(R), 1, 1))                                 # (V, 4, 4)
     c2w[:, :3] = np.concatenate([R * [-1, -1, 1], -R @ T], 2)                # to OpenCV's axes
+    K = np.full((len(R), 5), .5)                                             # (V, 5)
+    K[:, :2] = focal / 2
+    K[:, 4] = T[:, 2, 0]
     if np.isfinite(c2w).all():
+        pinhole(K[:, :4], folder / "focal_lengths.npy")
         for m in c2w:
             rigid(m, folder.parent / "camera_Rs.npz", f"a pose of {folder.name}")
-    rgb = co3d_array(folder / "images_full.npy", V, (3,))                    # (V, 3, S, S)
-    mask = co3d_array(folder / "images_fg.npy", V, (1, 3))                   # (V, 1 or 3, S, S)
+    rgb = co3d_array(folder / "images_full.npy", len(R), (3,))               # V of (3, S, S)
+    mask = co3d_array(folder / "images_fg.npy", len(R), (1, 3))              # V of (1 or 3, S, S)
     behind = np.float32(background)[:, None, None]                           # (3, 1, 1)
-
-    def pictures():
-        for x, m in zip(rgb, mask):
-            if m.shape[1:] != x.shape[1:]:
-                fail(f"{folder}/images_fg.npy: not of the size of images_full.npy's pictures")
-            # three channels: the picture, masked already
-            x = m if len(m) == 3 else m * x + (1 - m) * behind               # (3, S, S)
-            yield (255 * x.clip(0, 1) + .5).astype(np.uint8).transpose(1, 2, 0)
-    return c2w, K, pictures()
+    for *camera, x, m in zip(c2w, K, rgb, mask):
+        if m.shape[1:] != x.shape[1:]:
+            fail(f"{folder}/images_fg.npy: not of the size of images_full.npy's pictures")
+        # three channels: the picture, masked already
+        x = m if len(m) == 3 else m * x + (1 - m) * behind                   # (3, S, S)
+        yield *camera, (255 * x.clip(0, 1) + .5).astype(np.uint8).transpose(1, 2, 0)
 
 
 def co3d_array(path, V, channels):
@@ -334,16 +308,23 @@ def layout(folder, split):
             return read
 
 
-def numbers(path, what):
-    """All the numbers of a text file, finite."""
+def numbers(path, what="numbers"):
+    """All the numbers of a text file."""
     with reading(path, what):
-        values = np.array(path.read_text().split(), np.float64)
-        if not np.isfinite(values).all():
-            raise ValueError("not all numbers are finite")
-        return values
+        return np.array(path.read_text().split(), np.float64)
 
 
-def rigid(m, path, what):
+def pinhole(K, path):
+    """K (..., 4), fx fy cx cy as fractions of the picture, if a pinhole camera can have it."""
+    K = np.array(K, np.float64)
+    focal, middle = K[..., :2], K[..., 2:]
+    if not ((0 < focal) & (focal < np.inf) & (0 <= middle) & (middle <= 1)).all():
+        fail(f"{path}: not intrinsics; focal lengths must be positive numbers, and the principal "
+             "point in the picture")
+    return K
+
+
+def rigid(m, path, what="a pose"):
     """m (16,) or (4, 4), if it is a rigid motion -> (4, 4)."""
     with reading(path, f"{what}: a rigid 4 x 4 camera-to-world of 16 numbers, last row 0 0 0 1"):
         m = np.reshape(m, (4, 4))
@@ -379,47 +360,25 @@ def resize(pixels, size):
 # ---- find a dataset's folders and objects --------------------------------------------------------
 
 def find(root, dataset):
-    """-> {split: its folder}. The real set comes before the procedural one. A folder of your own
-    that is not split stands for both of its splits."""
-    root = Path(root)
-    own = root / dataset
-    real = root / f"srn_{dataset}"
-    bases = [real / real.name, real, root, own, own / dataset, own / real.name]
-    if dataset not in DATASETS:
-        own = Path(dataset)
-        folders = {} if any(layout(own, split) for split in SPLITS) else find_splits(own, "*")
-        whole = folders.get("train", own)
-        return {"train": whole, "test": whole, **folders} if whole.is_dir() else {}
-    if DATASETS[dataset] is CO3D:
-        bases = [root / f"co3d_{dataset[:-1]}_for_gs", own]
-    bases.sort(key=lambda base: (base / "procedural.json").exists())
-    found = [find_splits(base, dataset, bare=base != root) for base in bases]
-    return next(filter(None, found), {})
-
-
-def find_splits(base, name, bare=True):
-    """-> {split: its folder}, as archives spell it; the last spelling wins. bare: also <split>."""
-    spellings = ["{1}"] * bare + ["{0}_2.0_{1}", "{0}_{1}", "{0}_{1}/{0}_2.0_{1}"]
-    return {split: folder for split in SPLITS for spelling in spellings
-            for folder in base.glob(spelling.format(name, split)) if folder.is_dir()}
+    """-> {split: its folder}. Real cars come before procedural ones. A folder of your own that is
+    not split stands for both of its splits."""
+    def splits(place):
+        return {split: Path(place + split) for split in SPLITS if Path(place + split).is_dir()}
+    if dataset in DATASETS:
+        real = f"{root}/{DATASETS[dataset]['place']}"
+        found = splits(real) or splits(f"{root}/{dataset}/{dataset}_")
+        if dataset != "cars" and not found:
+            fail(f"no {dataset}: expected {real}{{train,test}}/<object>/; see README.md, \"Reproduce "
+                 "the paper\"")
+        return found
+    own = Path(dataset)
+    found = {} if any(layout(own, split) for split in SPLITS) else splits(f"{own}/")
+    whole = found.get("train", own)
+    return {"train": whole, "test": whole, **found} if own.is_dir() else {}
 
 
 def is_procedural(folder):
     return (folder.parent / "procedural.json").exists()
-
-
-def missing(root, dataset):
-    if dataset not in DATASETS:
-        fail(f"no dataset {dataset}: give one of {', '.join(DATASETS)}, or a folder of your own: "
-             "<folder>/<object>/ with transforms.json and the pictures it names, or with "
-             "intrinsics.txt, rgb/*.png and pose/*.txt")
-    if DATASETS[dataset] is CO3D:
-        fail(f"no {dataset} in {root}: expected {root}/co3d_{dataset[:-1]}_for_gs/{{train,test}}/"
-             "<object>/{images_full,images_fg,focal_lengths}.npy and, beside the objects, "
-             "camera_{Rs,Ts}.npz; get CO3D v2 (github.com/facebookresearch/co3d, CC BY-NC 4.0) and "
-             "preprocess it as Splatter Image does (github.com/szymanowiczs/splatter-image)")
-    fail(f"no {dataset} in {root}: expected {root}/srn_{dataset}/{dataset}_{{train,test}}/<object>/"
-         f"{{intrinsics.txt, rgb/*.png, pose/*.txt}}; {SOURCES} and unpack srn_{dataset}.zip there")
 
 
 def list_objects(folder, split, shared):
@@ -429,14 +388,15 @@ def list_objects(folder, split, shared):
         return [folder]
     skip = folder / "skip.txt"
     skip = skip.read_text().split() if skip.exists() else []
-    found = sorted(item for item in folder.glob("[!.]*/") if item.name not in skip)
+    found = sorted(folder.glob("chairs_2.0_*/[!.]*/")) or sorted(folder.glob("[!.]*/"))
+    found = [item for item in found if item.name not in skip]
     if shared:
         found = [item for item in found if layout(item, split)]         # there may be others
         test = found[9::10] or found[-1:]
-        if len(found) > 1:
-            found = [item for item in found if (item in test) == (split == "test")]
+        train = [item for item in found if item not in test] or test
+        found = test if split == "test" else train
     if not found:
-        fail(f"{folder}: no objects in it; unpack the split again or remove the empty folder")
+        fail(f"{folder}: no objects in it: {OBJECTS}")
     return found
 
 
@@ -451,14 +411,14 @@ def pack(stem, jobs, title, quiet):
             rows.append(row)
         if not rows:
             fail(f"{title}: no object has finite cameras")
-    names, c2w, K, checks = zip(*rows)
-    with writing(f"{stem}.npz") as file:
-        np.savez(file, c2w=np.concatenate(c2w), K=np.concatenate(K), names=names, checks=checks,
-                 start=np.cumsum([0, *map(len, c2w)]))                       # (O+1,)
+    c2w, K, names, checks = zip(*rows)
+    with writing(f"{stem}.npz") as file:                       # `load` takes them in this order
+        np.savez(file, c2w=np.concatenate(c2w), K=np.concatenate(K),
+                 start=np.cumsum([0, *map(len, c2w)]), names=names, checks=checks)      # (O+1,)
 
 
 def read_packed(job):
-    """-> an object's pictures as bytes, its name, c2w, K and a checksum; None if its cameras are
+    """-> an object's pictures as bytes, c2w, K, its name and a checksum; None if its cameras are
     not finite."""
     folder, _, size, about = job
     pixels, c2w, K = read_object(*job)                                       # (V, size, size, 3)
@@ -467,34 +427,27 @@ def read_packed(job):
         check = zlib.crc32(pictures, zlib.crc32(c2w.tobytes()))
         if about == OWN and K.shape[1] == 4:      # a copy, in a worker process
             c2w, K = centred(c2w, K, folder, size)
-        return pictures, folder.name, np.float32(c2w), np.float32(K), check
-
-
-def stamp(objects):
-    """A short hash of the names, sizes and times of all files that the objects are read from."""
-    beside = sorted(objects[0].parent.glob("camera_?s.npz"))                 # of CO3D
-    found = [files_of(path.resolve()) for path in (*objects, *beside)]
-    return hashlib.sha256(repr((VERSION, found)).encode()).hexdigest()[:12]
+        return pictures, np.float32(c2w), np.float32(K), folder.name, check
 
 
 def files_of(path):
+    """Names, sizes and times of all files below a path."""
     if os.path.isdir(path):
-        names = sorted(name for name in os.listdir(path) if name[0] != ".")
-        return [files_of(os.path.join(path, name)) for name in names]
+        names = sorted(os.listdir(path))
+        return [files_of(os.path.join(path, name)) for name in names if name[0] != "."]
     info = os.stat(path)
-    return str(path), info.st_size, info.st_mtime_ns
+    return path, info.st_size, info.st_mtime_ns
 
 
 def parallel(function, jobs, title, quiet=False):
     """Yield function(job) of each job in order, computed on all cores. Errors are raised here."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     bar = partial(tqdm, desc=title, total=len(jobs), disable=quiet, leave=False)
-    if min(cores, len(jobs) // 4) < 2:                         # not worth the processes
+    if len(jobs) < 8:                                          # not worth the processes
         yield from bar(map(function, jobs))
         return
-    kinds = multiprocessing.get_all_start_methods()            # fork would copy torch's threads
-    context = multiprocessing.get_context("forkserver" if "forkserver" in kinds else "spawn")
-    pool = ProcessPoolExecutor(min(cores, 32), context, signal.signal,
+    spawn = multiprocessing.get_context("spawn")               # fork would copy torch's threads
+    pool = ProcessPoolExecutor(min(cores, 32), spawn, signal.signal,
                                (signal.SIGINT, signal.SIG_IGN))
     try:
         yield from bar(pool.map(function, jobs))
@@ -535,22 +488,13 @@ def writing(path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Prepare a dataset, print and draw what it holds.")
+    parser = argparse.ArgumentParser(description="Prepare a dataset and print what it holds.")
     parser.add_argument("dataset", help=f"{', '.join(DATASETS)}, or path/to/your/own")
     for flag, default in dict(root="data", size=128, n_train=200, n_test=24, seed=0).items():
         parser.add_argument(f"--{flag}", default=default, type=type(default))
-    given = parser.parse_args()
-    rows = []
-    for split, views in prepare(**vars(given)).items():
+    for split, views in prepare(**vars(parser.parse_args())).items():
         print(f"{split:>6}: {len(views)} objects, {len(views.images)} views, fx fy cx cy "
               f"{views.K[0].tolist()}, id {views.meta['fingerprint']}")
-        _, index = draw(views, 6, 10, torch.Generator().manual_seed(0))      # (6, 10)
-        rows.append(views.images[index].permute(0, 3, 1, 4, 2))              # (6, S, 10, S, 3)
-    path = Path("out", Path(given.dataset).resolve().name, "data.png")
-    with writing(path) as file:
-        sheet = torch.cat(rows).flatten(2, 3).flatten(0, 1)                  # (n S, 10 S, 3)
-        Image.fromarray(sheet.numpy()).save(file, "png")
-    print(path)
 
 
 if __name__ == "__main__":

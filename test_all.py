@@ -628,6 +628,14 @@ def copy_of(root, to):
     return to
 
 
+def refused(call, *args, **more):
+    """The one line in which a call ends."""
+    with pytest.raises(SystemExit) as e:
+        call(*args, **more, quiet=True)
+    assert e.value.code.startswith("error: ") and "\n" not in e.value.code
+    return e.value.code
+
+
 def project(w2c, K, xyz):
     """(V, 4, 4), (V, 4), (N, 3) -> (V, N, 2) pixels."""
     p = xyz @ w2c[:, :3, :3].mT + w2c[:, None, :3, 3]
@@ -780,7 +788,7 @@ def test_pictures_of_ones_own_are_scaled_to_what_they_show(tmp_path):
 
 def test_pictures_of_ones_own_are_split_by_object_or_by_file(tmp_path):
     """Against the rule: every tenth object, the last of fewer; transforms_test.json; skip.txt."""
-    K = (32, 32, 8, 8)
+    K = (32, 32, 16, 16)
     for i in range(12):
         write_nerf(tmp_path / f"own/{i:02d}", LOOKS, K, GREY)
     (tmp_path / "own/notes").mkdir()                                # anything may lie there
@@ -792,14 +800,15 @@ def test_pictures_of_ones_own_are_split_by_object_or_by_file(tmp_path):
     assert names() == [[f"{i:02d}" for i in (*range(9), 10, 11)], ["09"]]
     (tmp_path / "own/skip.txt").write_text("00\n01 02 03\n04\n05\n")
     assert names() == [["06", "07", "08", "09", "10"], ["11"]]
+    (tmp_path / "own/skip.txt").unlink()
+    (tmp_path / "own/05/r_3.png").write_bytes(b"no")                # found by a worker
+    assert "05/r_3.png" in refused(data.load, tmp_path, str(tmp_path / "own"), "train", 16)
     one = tmp_path / "one"
     write_nerf(one, LOOKS, K, GREY, "transforms_train.json")
     write_nerf(one, LOOKS[:3], K, GREY, "transforms_test.json")
     (one / "train").mkdir()                                         # Blender's pictures lie there
     splits = data.prepare(str(one), tmp_path, 16, quiet=True)
     assert [len(splits[split].images) for split in ("train", "test")] == [5, 3]
-    with pytest.raises(SystemExit, match="no dataset .*nowhere"):
-        data.prepare(str(tmp_path / "nowhere"), tmp_path, 16, quiet=True)
 
 
 def test_sequences_without_finite_cameras_are_left_out(tmp_path, capsys):
@@ -815,15 +824,12 @@ def test_sequences_without_finite_cameras_are_left_out(tmp_path, capsys):
     assert set(data.load(tmp_path, "hydrants", "train", 16).images.flatten().tolist()) == {51}
 
 
-def test_the_unseen_door_is_independent_of_the_seen_one():
-    """Against a count over many designs: all four pairs, none rare."""
+def test_the_hidden_door_is_drawn_independently_and_painted_both_ways(cars):
+    """Against a count over many designs, all four pairs, none rare; against the packed picture: the
+    other colour differs where the door is, nowhere else."""
     doors = [tuple(toys.cars.design(np.random.default_rng([0, 0, i])).doors.values())
              for i in range(400)]
     assert all(70 < doors.count((l, r)) < 130 for l in toys.cars.DOORS for r in toys.cars.DOORS)
-
-
-def test_the_hidden_door_is_painted_both_ways(cars):
-    """Against the packed picture: the other colour differs where the door is, nowhere else."""
     views = data.load(cars, "cars", "test", 64, quiet=True)
     v, *pair = toys.cars.door_pair(views, 0, data.resize)
     about = json.loads((cars / "cars/cars_test/test_00000/attributes.json").read_text())
@@ -849,15 +855,10 @@ def test_one_seed_gives_the_same_bytes_and_more_cars_only_add(cars, tmp_path):
     assert (again / "cars/cars_test/test_00000/rgb/000064.png").stat().st_mtime_ns == before
     fewer = data.prepare("cars", again, 32, n_train=2, n_test=1, quiet=True)["train"]
     assert fewer.meta["fingerprint"] == data.load(cars, "cars", "train", 32).meta["fingerprint"]
-
-
-@pytest.mark.parametrize("path", ["cars/train", "cars_train", "srn_cars/cars_2.0_train",
-                                  "cars/srn_cars/cars_train"])
-def test_spellings_of_the_layout_are_found(path, cars, tmp_path):
-    """Against the folders found in the wild."""
-    (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-    (tmp_path / path).symlink_to(cars / "cars/cars_train")
-    assert len(data.load(tmp_path, "cars", "train", 32)) == 2
+    write_srn(again / "srn_cars/cars_train/real", LOOKS, LENS, BOX)           # before procedural
+    real = data.prepare("cars", again, 32, quiet=True)
+    assert list(real) == ["train"] and real["train"].names == ["real"]
+    assert not real["train"].meta["procedural"]
 
 
 def test_the_packed_file_is_rebuilt_when_a_file_changes_and_never_used_half_written(
@@ -926,16 +927,13 @@ Image.new("RGB", (16, 32)).save(TURNED, "PNG", exif=EXIF)
 
 
 @pytest.mark.parametrize("write, name, how, said", [
-    (write_srn, "intrinsics.txt", None, "intrinsics.txt"),
     (write_srn, "intrinsics.txt", b"a b c\n", "intrinsics.txt"),
-    (write_srn, "intrinsics.txt", b"", "intrinsics.txt"),
     (write_srn, "intrinsics.txt", b"-1 64 64 0.\n128 128\n", "intrinsics.txt"),
-    (write_srn, "rgb", None, "rgb"), (write_srn, "pose", None, "pose"),
-    (write_srn, POSE, None, "000003"), (write_srn, POSE, b"1 " * 15, POSE),
-    (write_srn, POSE, b"1 " * 17, POSE), (write_srn, POSE, b"nan " * 16, POSE),
+    (write_srn, "rgb", None, "rgb"), (write_srn, POSE, None, "000003"),
+    (write_srn, POSE, b"1 " * 15, POSE), (write_srn, POSE, b"nan " * 16, POSE),
     (write_srn, POSE, b"2 0 0 0 0 1 0 0 0 0 1 1 0 0 0 1", POSE),            # not rigid, mirrored
     (write_srn, POSE, b"-1 0 0 0 0 1 0 0 0 0 1 1 0 0 0 1", POSE),
-    (write_srn, PICTURE, b"", PICTURE), (write_srn, PICTURE, b"\x89PNG\r\n\x1a\n", PICTURE),
+    (write_srn, PICTURE, b"\x89PNG\r\n\x1a\n", PICTURE),
     (write_srn, PICTURE, Image.new("RGB", (32, 24)), PICTURE),
     (write_srn, PICTURE, Image.new("RGB", (64, 64)), PICTURE),
     (write_nerf, NERF, b"{", "not NeRF's transforms"), (write_nerf, "r_3.png", b"no", "r_3.png"),
@@ -947,7 +945,6 @@ Image.new("RGB", (16, 32)).save(TURNED, "PNG", exif=EXIF)
     (write_nerf, NERF, ("camera_angle_x", "angle"), "fl_x or camera_angle_x"),
     (write_nerf, NERF, ("[[0.0, -0.8", "[[9.0, -0.8"), "r_0.png: not a pose"),
     (write_nerf, NERF, ("[[0.0, -0.8", "[[NaN, -0.8"), "r_0.png: not a pose"),
-    (write_co3d, "images_fg.npy", None, "images_fg.npy: not an array"),
     (write_co3d, "images_full.npy", b"no", "images_full.npy: not an array"),
     (write_co3d, "images_full.npy", np.zeros((4, 3, 8, 8)), "of shape"),
     (write_co3d, "images_fg.npy", np.zeros((5, 1, 1, 1)), "images_fg.npy: not of the size"),
@@ -959,52 +956,44 @@ def test_bad_files_are_named_in_one_line(write, name, how, said, tmp_path):
         str(tmp_path), ""), write_co3d: ("hydrants", "co3d_hydrant_for_gs/train")}[write]
     write(tmp_path / base / "a", LOOKS, (32, 32, 16, 16), GREY)
     spoil(tmp_path / base / "a" / name, how)
-    with pytest.raises(SystemExit) as e:
-        data.load(tmp_path, dataset, "train", 16, quiet=True)
-    assert e.value.code.startswith("error: ") and "\n" not in e.value.code and said in e.value.code
-    assert not list(tmp_path.glob(".cache/*.u8"))
+    assert said in refused(data.load, tmp_path, dataset, "train", 16)
+    assert not list(tmp_path.glob(".cache/*"))
 
 
-def test_missing_things_are_explained_in_one_line(cars, tmp_path):
-    """Against: an unknown name, no folder, no objects, another seed, a root that is a file."""
-    def message(*args, **kwargs):
-        with pytest.raises(SystemExit) as e:
-            data.prepare(*args, quiet=True, **kwargs)
-        assert e.value.code.startswith("error: ") and "\n" not in e.value.code
-        return e.value.code
-    assert "cars, chairs" in message("horses", tmp_path)
-    assert "chairs_{train,test}" in message("chairs", tmp_path)
+def test_what_cannot_be_used_is_explained_in_one_line(cars, tmp_path):
+    """Against: an unknown name, no folder, no objects, another seed, a root that is a file;
+    pictures from one side only, and a camera that looks away."""
+    assert "cars, chairs" in refused(data.prepare, "horses", tmp_path)
+    assert "chairs_{train,test}" in refused(data.prepare, "chairs", tmp_path)
     (tmp_path / "srn_chairs/chairs_train").mkdir(parents=True)
-    assert "srn_chairs/chairs_train" in message("chairs", tmp_path)
-    assert "seed 0" in message("cars", cars, seed=1)
+    assert "srn_chairs/chairs_train" in refused(data.prepare, "chairs", tmp_path)
+    assert "seed 0" in refused(data.prepare, "cars", cars, seed=1)
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):                      # each script makes it a line
         data.prepare("cars", tmp_path / "file", quiet=True)
-
-
-def test_cameras_that_cannot_see_one_object_are_explained(tmp_path):
-    """Against pictures from one side only, and a camera that looks away."""
     away, same = LOOKS.copy(), np.stack([LOOKS[0]] * 5)
     away[2, :3, 3] *= -1
     same[:, 0, 3] += np.arange(5)
     for name, poses, said in ("same", same, "all look the same way"), ("away", away, "looks away"):
         write_nerf(tmp_path / name, poses, (32, 32, 16, 16), GREY)
-        with pytest.raises(SystemExit, match=said):
-            data.load(tmp_path, str(tmp_path / name), "train", 16, quiet=True)
+        assert said in refused(data.load, tmp_path, str(tmp_path / name), "train", 16)
+
+
+def command(root):
+    """data.py as a user calls it; two cars to train on, one to test."""
+    return [sys.executable, str(HERE / "data.py"), "cars", f"--root={root}", "--size=128",
+            "--n_train=2", "--n_test=1"]
 
 
 def test_a_full_disk_and_a_killed_packer_leave_nothing_that_is_used(cars, tmp_path):
     """Against the real things: a limit on the size of files, and SIGKILL in mid-file."""
-    root, command = copy_of(cars, tmp_path), [sys.executable, str(HERE / "data.py"), "cars",
-                                              f"--root={tmp_path}", "--size=128"]
-    given = ["--n_train=2", "--n_test=1"]
-    full = subprocess.run(["bash", "-c", 'ulimit -f 1000; exec "$@"', "_", *command, *given],
+    root = copy_of(cars, tmp_path)
+    full = subprocess.run(["bash", "-c", 'ulimit -f 1000; exec "$@"', "_", *command(root)],
                           capture_output=True, text=True, cwd=tmp_path)
     assert full.returncode == 1 and "Traceback" not in full.stderr
     assert full.stderr.strip().splitlines()[-1].startswith("error: cannot write")
     assert not list(root.glob(".cache/*.u8"))
-    killed = subprocess.Popen([*command, *given], cwd=tmp_path, stdout=subprocess.DEVNULL,
-                              stderr=subprocess.DEVNULL)
+    killed = subprocess.Popen(command(root), cwd=tmp_path, stdout=subprocess.DEVNULL)
     part = lambda: sum(f.stat().st_size for f in root.glob(".cache/*.part"))
     while not part() and killed.poll() is None:
         time.sleep(.01)
@@ -1017,9 +1006,8 @@ def test_a_full_disk_and_a_killed_packer_leave_nothing_that_is_used(cars, tmp_pa
 
 def test_two_runs_at_once_make_the_same_data(cars, tmp_path):
     """Against one run alone."""
-    command = [sys.executable, str(HERE / "data.py"), "cars", "--size=128", f"--root={tmp_path}",
-               "--n_train=2", "--n_test=1"]
-    runs = [subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) for _ in range(2)]
+    runs = [subprocess.Popen(command(tmp_path), cwd=tmp_path, stdout=subprocess.DEVNULL)
+            for _ in range(2)]
     assert [run.wait() for run in runs] == [0, 0]
     views, one = (data.load(root, "cars", "train", 128, quiet=True) for root in (tmp_path, cars))
     assert torch.equal(views.images, one.images)
@@ -1034,16 +1022,6 @@ def test_a_script_that_forgets_the_main_guard_ends_with_what_to_do(tmp_path):
     run = subprocess.run([sys.executable, "careless.py"], cwd=tmp_path, capture_output=True,
                          text=True, timeout=120)
     assert run.returncode == 1 and "if __name__ ==" in run.stderr.splitlines()[-1], run.stderr
-
-
-def test_a_worker_process_reports_bad_files_too(cars, tmp_path):
-    """Against the same line as without workers, from enough objects to start them."""
-    for i in range(8):
-        shutil.copytree(cars / "cars/cars_train/train_00000",
-                        tmp_path / f"srn_cars/cars_train/{i}")
-    (tmp_path / "srn_cars/cars_train/5/pose/000003.txt").write_text("1 " * 15)
-    with pytest.raises(SystemExit, match="5/pose/000003.txt"):
-        data.load(tmp_path, "cars", "train", 32, quiet=True)
 
 
 # ---- model.py ------------------------------------------------------------------------------------
