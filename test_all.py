@@ -2420,7 +2420,7 @@ def psnr_of_page(page, states, azimuth, elevation=10, zoom=1, **more):
     """Of the page against render of the last of these states, by the camera of the turntable."""
     seen = page.view(azimuth=azimuth, elevation=elevation, zoom=zoom, **more)
     h, w, _ = seen.shape
-    w2c = sample.orbit(torch.tensor([math.radians(azimuth)]), dict(LOOK, elevation=elevation))
+    w2c = sample.orbit(math.radians(azimuth), dict(LOOK, elevation=elevation))
     f = LOOK["focal"] * zoom * min(h, w)
     cam = Camera(w2c, torch.tensor([[[f, f, w / 2, h / 2]]]), (h, w))
     x_hat, _, _ = render(states[-1], cam, torch.tensor([LOOK["background"]]))
@@ -2456,8 +2456,8 @@ def test_the_tilt_of_the_viewer_is_that_of_another_elevation(viewer, tmp_path):
              clickCount=1)
     down = page.js("view.down")
     assert 40 < down < 70 and f"by {down}°" in page.js("document.querySelector('aside').innerText")
-    pose = sample.level(dict(LOOK, elevation=down)) @ invert_pose(sample.level(LOOK))
-    g = transform(objects["teacher"][0], pose[None])
+    tilted = invert_pose(sample.orbit(0, dict(LOOK, elevation=down)))         # (1, 1, 4, 4)
+    g = transform(objects["teacher"][0], (tilted @ sample.orbit(0, LOOK))[0])
     for azimuth in 0, 110:
         assert psnr_of_page(page, [g], azimuth, object="teacher", down=down) > 40, azimuth
     saved = page.js("new Response(ply(splats(objects[1], 0), objects[1].n)).arrayBuffer()"
