@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rasterize import Gaussians, fail
+from rasterize import Gaussians, fail, reading
 
 # ---- the splat image -----------------------------------------------------------------------------
 # Layout and activations of Splatter Image, so that its weights load. Its initial gains and biases,
@@ -378,14 +378,12 @@ def write_atomically(path, write):
 
 def load_checkpoint(path, keys):
     """A dict of tensors and plain values with at least `keys`; never runs code from the file."""
-    try:
+    with reading(path, f"a checkpoint with {', '.join(keys) or 'names'}"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        for key in keys:
-            checkpoint[key]
+        missing = set(keys) - checkpoint.keys()
+        if missing:
+            raise KeyError(*missing)
         return checkpoint
-    except Exception as e:
-        reason = f"{type(e).__name__}: {e}".splitlines()[0]
-        fail(f"{path}: not a usable checkpoint ({reason}); name another, or make one with train.py")
 
 
 def save_network(path, network, meta, half=True):
@@ -402,9 +400,7 @@ def load_network(path, cls, device="cpu"):
     c = load_checkpoint(path, ("network", "config", "state", "meta"))
     if c["network"] != cls.__name__:
         fail(f"{path}: holds a {c['network']}, a {cls.__name__} is needed here")
-    try:
+    with reading(path, f"a {cls.__name__} of this version"):
         network = cls(ModelConfig(**c["config"]))
         network.load_state_dict(c["state"])
-    except Exception as e:
-        fail(f"{path}: a {c['network']} of another version ({' '.join(str(e).split())[:200]})")
     return network.eval().to(device), c["meta"]

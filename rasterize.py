@@ -23,6 +23,7 @@ import os
 import shutil
 import sys
 import sysconfig
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,6 +60,9 @@ class Camera(NamedTuple):
     K: Tensor          # (B, V, 4) fx, fy, cx, cy in pixels; `render` ignores further columns
     hw: tuple          # (H, W) pixels
 
+    def views(self, index):
+        return Camera(self.w2c[:, index], self.K[:, index], self.hw)
+
     def to(self, *args):
         return Camera(self.w2c.to(*args), self.K.to(*args), self.hw)
 
@@ -66,6 +70,16 @@ class Camera(NamedTuple):
 def fail(message):
     """Bad input ends in one line on stderr, exit code 1, no traceback."""
     raise SystemExit(f"error: {message}")
+
+
+@contextmanager
+def reading(path, what):
+    """Any error inside ends in one line that names the file."""
+    try:
+        yield
+    except Exception as e:                               # decoders raise whatever they like
+        reason = " ".join([type(e).__name__, *str(e).split()])[:1000]
+        fail(f"{path}: not {what} ({reason})")
 
 
 # ---- rigid motion --------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from torch import nn
 
 from model import (ModelConfig, UNet, canonical, group_norm, load_checkpoint, load_network,
                    splats_to_gaussians)
-from rasterize import Camera, fail, render
+from rasterize import reading, render
 
 
 class Encoder(nn.Module):
@@ -74,8 +74,7 @@ class Teacher(nn.Module):
             return nothing
         with torch.no_grad():
             g = self.gaussians(self.unet(images[:, 0], code=nothing)[0], cam.K[:, 0])
-            others = Camera(cam.w2c[:, 1:], cam.K[:, 1:], cam.hw)
-            seen, _, _ = render(g, others, background)                        # (B, V-1, 3, H, W)
+            seen, _, _ = render(g, cam.views(slice(1, None)), background)     # (B, V-1, 3, H, W)
         device = images.device.type
         with torch.autocast(device, torch.bfloat16, self.unet.bf16, cache_enabled=False):
             return self.encoder(images[:, 1:] - seen).float()
@@ -127,17 +126,14 @@ def load_splatter_image(path, near, far):
     """model_<category>.pth of Splatter Image -> Teacher of the shape of these weights. near, far:
     world units, of the category; the file does not say."""
     theirs = load_checkpoint(path, ["model_state_dict"])["model_state_dict"]
-    state = {re.sub(PREFIX, "", k): x for k, x in theirs.items() if not k.endswith(UNUSED)}
-    blocks = [k.split(".")[1] for k in state if re.match(r"enc\..*block\d+\.conv0\.weight", k)]
-    res = sorted({int(k.split("x")[0]) for k in blocks}, reverse=True)        # the finest first
-    try:
+    with reading(path, "Splatter Image with one input view, offsets and SH of degree 1"):
+        state = {re.sub(PREFIX, "", k): x for k, x in theirs.items() if not k.endswith(UNUSED)}
+        blocks = [k.split(".")[1] for k in state if re.match(r"enc\..*block\d+\.conv0\.weight", k)]
+        res = sorted({int(k.split("x")[0]) for k in blocks}, reverse=True)    # the finest first
         chan = [len(state[f"enc.{r}x{r}_block0.conv0.weight"]) for r in res]
         attn = max([r for r in res if f"enc.{r}x{r}_block0.qkv.weight" in state], default=0)
         width = len(state[f"enc.{res[0]}x{res[0]}_conv.weight"])
         teacher = Teacher(ModelConfig(res[0], width, tuple(c // width for c in chan),
                                       len(blocks) // len(res), attn, near, far))
         teacher.unet.load_state_dict(state)
-    except Exception as e:
-        fail(f"{path}: not Splatter Image with one input view, offsets and SH of degree 1: "
-             f"{' '.join(str(e).split())[:1000]}")
     return teacher.eval()

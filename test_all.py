@@ -28,6 +28,8 @@ from urllib.parse import urlencode
 
 import numpy as np
 import pytest
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")   # as the scripts do
 import torch
 from PIL import Image, ImageOps
 
@@ -42,7 +44,7 @@ from model import (RHO, T, T_STAR, S, Denoiser, ModelConfig, add_noise, alpha_ba
                    normalise, save_network, signal_noise, splats_to_gaussians, write_atomically)
 from rasterize import (ALPHA_MAX, C0, C1, LOW_PASS, NEAR, Camera, Gaussians, invert_pose,
                        matrix_to_quat, quat_to_matrix, render, transform)
-from teacher import Teacher, can_be_told, load_splatter_image, splat_statistics
+from teacher import Teacher, can_be_told, load_splatter_image, load_teacher, splat_statistics
 from toys import controls
 
 HERE = Path(__file__).resolve().parent
@@ -1218,7 +1220,9 @@ def test_released_weights_are_read_and_what_does_not_fit_is_named(tmp_path):
     named = r'Missing.*"dec.8x8_in0.norm2.weight".*Unexpected.*"new".*mismatch for out.bias.*21.*24'
     for flawed, said in [(dict(model_state_dict=state), named),
                          (dict(model_state_dict={"a": torch.ones(1)}), "not Splatter Image"),
-                         (dict(state=state), "KeyError: 'model_state_dict'")]:
+                         (dict(state=state), "KeyError 'model_state_dict'"),
+                         (torch.ones(3), "not a checkpoint"),
+                         (dict(model_state_dict=torch.ones(3)), "not Splatter Image")]:
         torch.save(flawed, path)
         with pytest.raises(SystemExit, match=said) as stop:
             load_splatter_image(path, 0.8, 1.8)
@@ -1381,6 +1385,53 @@ def test_flags_have_the_types_of_config(capsys):
         train.parse(["--help"])
     said = capsys.readouterr().out
     assert all(f"    {f.name}: " in said for f in train.fields(train.Config))
+
+
+@pytest.mark.parametrize("flag", [
+    "--mult=()", "--mult=(1,2,'a')", "--mult=2", "--mult=(1,0)", "--batch=(-2,2,2)", "--batch=(2,2)",
+    "--width=9", "--width=72", "--width=2**70", "--lr=('a','b','c')", "--lr=(1e999,1,1)",
+    "--iters=(1.5,1,1)", "--iters=(True,1,1)", "--seed=12345678901234567890123", "--seed=-1",
+    "--clip=nan", "--ema=2", "--bf16=2", "--steps=0", "--size=", "--told=[]", "--t_known=100"])
+def test_flags_out_of_range_get_one_line_that_names_them(flag):
+    """Against the table of ranges and the types of the defaults; 9 channels make no groups."""
+    with pytest.raises(SystemExit, match=rf"error: .*{flag.split('=')[0]}") as stop:
+        train.parse(["--device=cpu", flag])
+    assert "\n" not in str(stop.value)
+
+
+@pytest.mark.parametrize("change", [
+    lambda c: {k.replace("state", "_orig_mod.state"): x for k, x in c.items()},
+    lambda c: dict(c, state={f"_orig_mod.{k}": x for k, x in c["state"].items()}),
+    lambda c: dict(c, config=dict(c["config"], flavour=1)),
+    lambda c: dict(c, config=dict(c["config"], mult=3)),
+    lambda c: dict(c, state=dict(list(c["state"].items())[1:])),
+    lambda c: dict(c, state=torch.ones(1)), lambda c: torch.ones(1), lambda c: [c]])
+@pytest.mark.parametrize("read", [lambda path: load_network(path, Teacher),
+                                  lambda path: load_teacher(path, 0.8, 1.8)])
+def test_odd_checkpoints_get_one_line_that_names_the_file(tmp_path, change, read):
+    """Against a file of save_network, changed in one thing."""
+    path = tmp_path / "teacher.pt"
+    save_network(path, Teacher(TINY), {})
+    read(path)
+    torch.save(change(torch.load(path)), path)
+    with pytest.raises(SystemExit, match=rf"error: {path}: ") as stop:
+        read(path)
+    assert "\n" not in str(stop.value)
+
+
+def test_the_state_of_another_kind_of_run_is_refused(trained, cars, tmp_path):
+    """Against resume.pt without the network, of other shapes, or of plain tensors; the file stays."""
+    args = *SMALL, f"--root={cars}", f"--out={tmp_path}"
+    script("train", *args, "--max_steps=2", ok=False)
+    path = tmp_path / "resume.pt"
+    state = torch.load(path)
+    for change in ({"network": None}, {"network": {"a": torch.ones(1)}}, {"about": torch.ones(2)},
+                   {"optimiser": {}}):
+        torch.save(state | change, path)
+        before = path.read_bytes()
+        said = script("train", *args, ok=False)
+        assert f"error: {path}: not " in said and "Traceback" not in said
+        assert path.read_bytes() == before
 
 
 def small_step(device, stages=(0, 1, 2), count=20, **flags):
@@ -1723,7 +1774,7 @@ def test_released_weights_take_the_place_of_stage_0_in_the_papers_recipe(cars, t
     assert {r["stage"] for r in records(tmp_path)} == {1, 2}
     assert load_network(tmp_path / "stage_2.pt", Denoiser)[0].unet.read is None
     said = script("train", *flags, "--size=32", f"--out={tmp_path}/other", ok=False)
-    assert "is for pictures of --size=16" in said
+    assert "a ModelConfig(size=16" in said and "need a ModelConfig(size=32" in said
 
 
 def test_a_teacher_that_is_given_is_taught_to_be_told(cars, tmp_path):

@@ -2,7 +2,6 @@
 
     python train.py --dataset cars                           # sizes that fit the machine
     python train.py --dataset cars --views=6 --out=out/six   # any flag of Config below
-    python train.py --dataset cars --eval_only               # make the table again
     torchrun --standalone --nproc_per_node=2 train.py --dataset cars
 
     stage 0   the teacher, trained by rendering alone; half of each batch tells it what the picture
@@ -15,20 +14,21 @@ recipe, a teacher that is told nothing, is --code=0. What the paper does not say
 """
 import argparse
 import ast
-import functools
 import inspect
 import json
 import math
 import os
-import signal
+import shlex
 import subprocess
 import sys
 import time
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")   # threads that wait must not starve the others
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -40,19 +40,16 @@ import data
 from model import (STEPS, T, T_STAR, WEIGHTINGS, Denoiser, ModelConfig, S, add_noise, denoise,
                    lambda_t, load_checkpoint, load_network, normalise, pick_device, save_network,
                    write_atomically)
-from rasterize import Camera, Captured, fail, invert_pose, render
+from rasterize import Camera, Captured, fail, invert_pose, reading, render
 from sample import evaluate_few, preview, score_table
 from teacher import Teacher, can_be_told, load_teacher, splat_statistics
 
 
 @dataclass
 class Config:
-    # what and where
+    # what
     dataset: str = "cars"        # cars, chairs, hydrants, teddybears, or path/to/your/own
-    root: str = "data"           # folder of the datasets
-    out: str = ""                # results; "" is out/<dataset>
     paper: bool = False          # sizes and numbers of the paper and of its teacher; see PAPER
-    device: str = ""             # cpu or cuda; "" takes the GPU if there is one
     seed: int = 0
     teacher: str = ""            # a teacher.pt or Splatter Image's weights. If it cannot be told
                                  # anything yet, stage 0 teaches it that and nothing else
@@ -66,6 +63,7 @@ class Config:
     mult: tuple = (1, 2, 4)
     blocks: int = 1
     attn: int = 8
+    bf16: bool = False           # half precision in it; faster
     # ours: a teacher that is told what the picture does not show
     code: int = 8                # numbers that tell it; 0: nothing, the paper's own recipe
     told: int = 8                # further views that these numbers are made of
@@ -89,12 +87,13 @@ class Config:
     t_star: int = T_STAR         # stage 2 starts above this noise level (paper)
     t_known: int = T - 1         # and at most here; ours, if lower: s_t must still tell the code
     steps: int = 5               # DDIM steps unrolled in stage 2 and when sampling; paper: 10
-    # speed; the same training, but for the rounding of bf16
-    bf16: bool = False           # half precision in the U-Net
+    # what follows may change when a run goes on
+    root: str = "data"           # folder of the datasets
+    out: str = ""                # results; "" is out/<dataset>
+    device: str = ""             # cpu or cuda; "" takes the GPU if there is one
     graph: bool = False          # replay the step as one CUDA graph
     compile: bool = False        # torch.compile the U-Net: a minute or two, then half the time
     checkpoint: bool = False     # stage 2 keeps only the splats between steps: less memory, slower
-    # watching
     split: str = "test"          # whose objects are evaluated and previewed; paper's ablations: val
     eval_views: int = 10         # target views per test object, evenly spaced; 0 is all
     samples: int = 16            # samples of each test object
@@ -102,26 +101,25 @@ class Config:
     log_every: int = 10          # steps
     preview_every: int = 50
     save_every: int = 50
-    # this call only
     eval_only: bool = False      # make the table again from the finished stages
     max_steps: int = 0           # stop and save after so many steps; 0 goes to the end
 
 
-GPU = dict(n_train=2000, n_test=200, size=128, width=64, mult=(1, 2, 2, 2), attn=16,   # on a GPU
-           iters=(20000, 5000, 2000), batch=(32, 32, 10), lr=(5e-4, 5e-4, 5e-5), views=4,
-           warmup=500, ema=0.999, told=16, t_known=80, steps=STEPS, eval_views=50, log_every=50,
-           preview_every=500, save_every=500, bf16=True, graph=True, compile=True,
-           weighting="noise", w_3dgs=0.1)
+GPU = dict(n_train=2000, n_test=200, size=128, width=64, mult=(1, 2, 2, 2), attn=16, bf16=True,
+           iters=(20000, 5000, 2000), batch=(32, 32, 10), lr=(5e-4, 5e-4, 5e-5), warmup=500,
+           ema=0.999, told=16, t_known=80, steps=STEPS, weighting="noise", w_3dgs=0.1, graph=True,
+           compile=True, eval_views=50, log_every=50, preview_every=500, save_every=500)
 # What the paper says, and where it is silent Splatter Image: its teacher is --width=128 --blocks=4.
 # iters are ours, of stages 1 and 2; those of stage 0 stand in data.DATASETS.
 PAPER = dict(code=0, t_known=T - 1, size=128, width=96, mult=(1, 2, 2, 2), blocks=3, attn=16,
-             warm_start=False, views=4, batch=(8, 100, 10), lr=(5e-5, 1e-4, 5e-5), clip=1e9,
-             ema=0.9999, warmup=500, w_3dgs=1.0, w_cyc=1.0, weighting="noise", steps=STEPS,
-             eval_views=0, checkpoint=True, iters=(100_000, 20_000))
-# These may differ when a run goes on.
-SESSION = {"out", "root", "device", "eval_only", "max_steps", "eval_views", "samples", "split",
-           "log_every", "preview_every", "save_every", "graph", "compile", "checkpoint", "lpips"}
-
+             warm_start=False, batch=(8, 100, 10), lr=(5e-5, 1e-4, 5e-5), clip=1e9, ema=0.9999,
+             warmup=500, w_3dgs=1.0, w_cyc=1.0, weighting="noise", steps=STEPS, eval_views=0,
+             checkpoint=True, iters=(100_000, 20_000))
+# Least and most of a flag, or of each of its numbers; of others 0 and 10**9
+LIMITS = dict.fromkeys(("log_every", "preview_every", "save_every", "told", "samples", "n_train",
+                        "n_test", "batch"), (1, 10**6)) | dict(
+    size=(1, 4096), width=(8, 4096), mult=(1, 64), blocks=(1, 100), views=(2, 1000),
+    clip=(1e-9, 1e9), ema=(0, 1), t_star=(0, T - 1), t_known=(0, T - 1), steps=(1, T - 1))
 
 RANK = int(os.environ.get("RANK", 0))              # of this process, by torchrun
 WORLD = int(os.environ.get("WORLD_SIZE", 1))       # processes
@@ -131,29 +129,25 @@ FILES = "teacher", "stage_1", "stage_2"            # what the stages leave
 # ---- the losses ----------------------------------------------------------------------------------
 # Each stage takes networks and one batch and returns named losses; `loss` is their total. x
 # (B, V, 3, H, W) and cam hold the source view, the targets, and views that only tell the teacher.
-# The source and the targets are rendered, as Splatter Image does.
+# The first cfg.views are rendered and judged, the source among them, as in Splatter Image.
 
 def image_loss(x_hat, x):
-    """|| x - x_hat ||^2 per object: (B, V, 3, H, W) twice -> (B,)."""
-    return (x_hat - x).square().flatten(1).mean(1)
+    """|| x - x_hat ||^2 per object, over the views in x_hat (B, V, 3, H, W) -> (B,)."""
+    return (x_hat - x[:, :x_hat.shape[1]]).square().flatten(1).mean(1)
 
 
 def cycle_loss(predict, x, x_hat, cam, background, render=render):
-    """L_cyc: predict splats from the *rendered* target and look at them from the source.
-
-    The new splats live in the target camera's frame, so the source's pose is taken relative to it.
-    `predict` is frozen, but gradients pass through it to the rendered view.
-    """
-    x_tgt_hat = x_hat[:, 1].clamp(0, 1)                                       # (B, 3, H, W)
-    g_cyc = predict(x_tgt_hat, cam.K[:, 1])
+    """L_cyc: predict splats from the *rendered* target and look at them from the source. `predict`
+    is frozen, but gradients pass through it to the rendered view."""
+    g_cyc = predict(x_hat[:, 1].clamp(0, 1), cam.K[:, 1])             # in the target camera's frame
     to_source = invert_pose(cam.w2c[:, 1:2])                                  # (B, 1, 4, 4)
     x_src_hat, _, _ = render(g_cyc, Camera(to_source, cam.K[:, :1], cam.hw), background)
-    return image_loss(x_src_hat, x[:, :1]).mean()
+    return image_loss(x_src_hat, x).mean()
 
 
-def first_views(x, cam, n):
-    """The n views that are rendered and judged; those after them only tell the teacher."""
-    return x[:, :n], Camera(cam.w2c[:, :n], cam.K[:, :n], cam.hw)
+def total(losses, **weights):
+    """The losses, and `loss`, their weighted sum."""
+    return dict(loss=sum(weights[k] * x for k, x in losses.items()), **losses)
 
 
 def stage_0(teacher, x, cam, background, t, eps, cfg, render=render):
@@ -167,12 +161,12 @@ def stage_0(teacher, x, cam, background, t, eps, cfg, render=render):
         code = code + cfg.code_noise * eps[half:].flatten(1)[:, :cfg.code]    # eps is noise, too
         code = F.pad(code, (0, 0, half, 0))                                   # (B, code) 0: nothing
     raw, _ = teacher.unet(x[:, 0], code=code)                                 # (B, 24, H, W)
-    x, cam = first_views(x, cam, cfg.views)
-    x_hat, _, _ = render(teacher.gaussians(raw, cam.K[:, 0]), cam, background)
-    per_object = image_loss(x_hat, x)                                         # (B,)
-    losses = dict(loss=per_object.mean())
+    g = teacher.gaussians(raw, cam.K[:, 0])
+    x_hat, _, _ = render(g, cam.views(slice(cfg.views)), background)          # (B, V, 3, H, W)
+    each = image_loss(x_hat, x)                                               # (B,)
+    losses = dict(loss=each.mean())
     if teacher.encoder:
-        losses |= dict(loss_not_told=per_object[:half].mean(), loss_told=per_object[half:].mean())
+        losses |= dict(loss_not_told=each[:half].mean(), loss_told=each[half:].mean())
     return losses
 
 
@@ -191,22 +185,16 @@ def stage_1(denoiser, teacher, x, cam, background, t, eps, cfg, render=render):
     Ours: + || code - what D reads off s_t ||^2."""
     s_teacher, s_t, code = noised_teacher(denoiser, teacher, x, cam, background, t, eps, cfg)
     s_hat, code_hat = denoiser.predict(s_t, t, x[:, 0])                       # (B, 24, H, W)
-    x, cam = first_views(x, cam, cfg.views)
-    x_hat, _, _ = render(denoiser.gaussians(s_hat, cam.K[:, 0]), cam, background)
-
-    def frozen(image, K):
-        return teacher.gaussians(teacher(image[:, None]), K)
-    loss_3dgs = F.mse_loss(s_hat, s_teacher)
-    loss_image = image_loss(x_hat, x).mean()
-    loss = cfg.w_3dgs * loss_3dgs + loss_image
-    losses = dict(loss_3dgs=loss_3dgs, loss_image=loss_image)
+    g = denoiser.gaussians(s_hat, cam.K[:, 0])
+    x_hat, _, _ = render(g, cam.views(slice(cfg.views)), background)          # (B, V, 3, H, W)
+    losses = dict(loss_3dgs=F.mse_loss(s_hat, s_teacher), loss_image=image_loss(x_hat, x).mean())
     if cfg.w_cyc:
+        frozen = lambda image, K: teacher.gaussians(teacher(image[:, None]), K)
         losses["loss_cyc"] = cycle_loss(frozen, x, x_hat, cam, background, render)
-        loss = loss + cfg.w_cyc * losses["loss_cyc"]
     if cfg.code:
         losses["loss_code"] = F.mse_loss(code_hat.float(), code)
-        loss = loss + cfg.w_code * losses["loss_code"]
-    return dict(loss=loss, **losses)
+    return total(losses, loss_3dgs=cfg.w_3dgs, loss_image=1, loss_cyc=cfg.w_cyc,
+                 loss_code=cfg.w_code)
 
 
 def stage_2(denoiser, teacher, x, cam, background, t, eps, cfg, render=render):
@@ -218,25 +206,20 @@ def stage_2(denoiser, teacher, x, cam, background, t, eps, cfg, render=render):
     s_teacher, s_t, _ = noised_teacher(denoiser, teacher, x, cam, background, t, eps, cfg)
     step = denoiser
     if cfg.checkpoint:
-        step = functools.partial(checkpoint, denoiser, use_reentrant=False,
-                                 preserve_rng_state=False)
+        step = partial(checkpoint, denoiser, use_reentrant=False, preserve_rng_state=False)
     *_, s_hat = denoise(step, s_t, t, x[:, 0], cfg.steps)                     # (B, 24, H, W)
-    x, cam = first_views(x, cam, cfg.views)
-    x_hat, _, _ = render(denoiser.gaussians(s_hat, cam.K[:, 0]), cam, background)
-    weights = {k: v.detach() for k, v in denoiser.named_parameters()}         # today's, but frozen
-    t_cyc = torch.full_like(t, T - 1)                               # ours: one step, from noise
-
-    def frozen(image, K):
-        return denoiser.gaussians(functional_call(denoiser, weights, (eps, t_cyc, image)), K)
-    loss_3dgs = F.mse_loss(s_hat, s_teacher)                        # how far the teacher is behind
+    g = denoiser.gaussians(s_hat, cam.K[:, 0])
+    x_hat, _, _ = render(g, cam.views(slice(cfg.views)), background)          # (B, V, 3, H, W)
     weight = lambda_t(t, cfg.weighting, cfg.t_star, cfg.t_known)              # (B,)
-    loss_image = (weight * image_loss(x_hat, x)).mean()
-    loss = cfg.w_3dgs_2 * loss_3dgs + loss_image
-    losses = dict(loss_3dgs=loss_3dgs, loss_image=loss_image)
+    losses = dict(loss_3dgs=F.mse_loss(s_hat, s_teacher),           # how far the teacher is behind
+                  loss_image=(weight * image_loss(x_hat, x)).mean())
     if cfg.w_cyc:
+        weights = {k: v.detach() for k, v in denoiser.named_parameters()}     # today's, but frozen
+        start = eps, torch.full_like(t, T - 1)                      # ours: one step, from noise
+        frozen = lambda image, K: denoiser.gaussians(
+            functional_call(denoiser, weights, (*start, image)), K)
         losses["loss_cyc"] = cycle_loss(frozen, x, x_hat, cam, background, render)
-        loss = loss + cfg.w_cyc * losses["loss_cyc"]
-    return dict(loss=loss, **losses)
+    return total(losses, loss_3dgs=cfg.w_3dgs_2, loss_image=1, loss_cyc=cfg.w_cyc)
 
 
 # ---- one batch, one step -------------------------------------------------------------------------
@@ -247,21 +230,19 @@ def draw_batch(views, cfg, stage, step, mine=slice(RANK, None, WORLD)):
     -> x (B, V, 3, H, W), w2c (B, V, 4, 4), K (B, V, 4), t (B,), eps (B, 24, H, W)."""
     seed = (cfg.seed * 3 + stage) * 10**9 + step
     gen = torch.Generator().manual_seed(seed)
-    batch = cfg.batch[stage]
+    B = cfg.batch[stage]
     n_views = max(cfg.views, 1 + cfg.told) if cfg.code else cfg.views
-    _, index = data.draw(views, batch, n_views, gen)                          # (B, V)
+    _, index = data.draw(views, B, n_views, gen)                              # (B, V)
     first, last = (cfg.t_star + 1, cfg.t_known) if stage == 2 else (0, T - 1)
-    t = torch.randint(first, last + 1, (batch,), generator=gen)               # (B,)
+    t = torch.randint(first, last + 1, (B,), generator=gen)                   # (B,)
     if cfg.device.startswith("cuda"):                                         # the large one there
         gen = torch.Generator(cfg.device).manual_seed(seed)
-    eps = torch.randn(batch, S, cfg.size, cfg.size, generator=gen, device=gen.device)
+    eps = torch.randn(B, S, cfg.size, cfg.size, generator=gen, device=gen.device)
 
-    def send(y, device):   # from pinned memory, or the host would wait for the copy
-        if y.device.type == torch.device(device).type:
-            return y
-        return y.pin_memory().to(device, non_blocking=True)
-    x, cam = data.gather(views, send(index[mine], views.images.device))
-    return [send(y, cfg.device) for y in (x, cam.w2c, cam.K, t[mine], eps[mine])]
+    index = index[mine].to(views.images.device, non_blocking=True)
+    x, cam = data.gather(views, index)
+    batch = x, cam.w2c, cam.K, t[mine], eps[mine]
+    return [y.to(cfg.device, non_blocking=True) for y in batch]
 
 
 def learning_rate(cfg, stage, step):
@@ -275,25 +256,20 @@ def learning_rate(cfg, stage, step):
 def make_step(cfg, stage, network, teacher, background, render=render):
     """-> step, optimiser. step(x, w2c, K, t, eps, lr) trains once and waits for nothing; it returns
     the named losses, the gradient's norm, and 1 if that was no number and nothing was changed."""
+    stage_loss = (stage_0, stage_1, stage_2)[stage]
+    networks = [network, teacher] if stage else [network]
+    for net in networks:
+        net.unet.bf16 = cfg.bf16
+        if cfg.compile:
+            compile_network(net)
     params = [x for x in network.parameters() if x.requires_grad]
     optimiser = torch.optim.Adam(params, lr=torch.zeros((), device=cfg.device), betas=(0.9, 0.99),
                                  fused=True, capturable=cfg.device.startswith("cuda"))
-    for net in filter(None, (network, teacher)):
-        net.unet.bf16 = cfg.bf16
-        if cfg.compile:
-            compile_networks(net.unet, getattr(net, "encoder", None))
 
     def step(x, w2c, K, t, eps, lr):
-        # ---- a single training step --------------------------------------------------------------
         cam = Camera(w2c, K, tuple(x.shape[-2:]))
-        batch = x, cam, background, t, eps, cfg, render
         optimiser.zero_grad()
-        if stage == 0:
-            losses = stage_0(network, *batch)
-        elif stage == 1:
-            losses = stage_1(network, teacher, *batch)
-        else:
-            losses = stage_2(network, teacher, *batch)
+        losses = stage_loss(*networks, x, cam, background, t, eps, cfg, render)
         losses["loss"].backward()
         losses = {k: v.detach() for k, v in losses.items()}
         average([*losses.values(), *(p.grad for p in params)])                # over processes
@@ -301,7 +277,6 @@ def make_step(cfg, stage, network, teacher, background, render=render):
         optimiser.found_inf = (~norm.isfinite()).float()   # 1: Adam leaves everything as it was
         optimiser.param_groups[0]["lr"].copy_(lr)
         optimiser.step()
-        # ------------------------------------------------------------------------------------------
         return losses, norm, optimiser.found_inf
     return (Captured(step) if cfg.graph else step), optimiser
 
@@ -310,44 +285,51 @@ def make_step(cfg, stage, network, teacher, background, render=render):
 
 def make_networks(cfg, stage, views, background):
     """-> the network that learns in this stage, and the frozen teacher, None in stage 0."""
-    out = Path(cfg.out)
-    shape = ModelConfig(cfg.size, cfg.width, tuple(cfg.mult), cfg.blocks, cfg.attn,
-                        views.meta["near"], views.meta["far"], cfg.code)
+    depths = views.meta["near"], views.meta["far"]
+    shape = ModelConfig(cfg.size, cfg.width, cfg.mult, cfg.blocks, cfg.attn, *depths, cfg.code)
     torch.manual_seed(cfg.seed)
-    if stage == 0:
-        given = cfg.init or cfg.teacher and out / "teacher.pt"
-        network = load_network(given, Teacher)[0] if given else Teacher(shape)
-        if cfg.init and network.cfg not in (shape, replace(shape, code=0)):
-            fail(f"--init={cfg.init}: a {network.cfg}, and here it is a {shape}")
-        if cfg.code and not network.encoder:
-            network = can_be_told(network, cfg.code)
-            if cfg.init:
-                network.requires_grad_(True)                                  # all of it learns
-        elif cfg.paper and not cfg.init:
-            network.unet.start(cfg.size, **views.meta["start"])
-        return network, None
-    teacher = load_network(out / "teacher.pt", Teacher, cfg.device)[0].requires_grad_(False)
-    teacher.to(memory_format=torch.channels_last)
-    network = Denoiser(shape)
+    if stage == 0 and (cfg.teacher or cfg.init):
+        return given_teacher(cfg, shape), None
+    teacher = None
+    if stage > 0:
+        path = Path(cfg.out) / "teacher.pt"
+        teacher = load_network(path, Teacher, cfg.device)[0].requires_grad_(False)
+        teacher.to(memory_format=torch.channels_last)
     if stage == 2:
-        network.load_state_dict(load_network(out / "stage_1.pt", Denoiser)[0].state_dict())
-        return network, teacher
-    network.stats.copy_(splat_statistics(teacher_splats(teacher, views, cfg, background)))
-    if cfg.warm_start and replace(teacher.cfg, code=cfg.code) == shape:
-        network.warm_start(teacher.unet)
-    elif cfg.warm_start:
-        print(f"no warm start: the teacher is {teacher.cfg}, the student {shape}")
-    elif cfg.paper:
+        return load_network(Path(cfg.out) / "stage_1.pt", Denoiser)[0], teacher
+    network = (Denoiser if stage else Teacher)(shape)
+    if cfg.paper:
         network.unet.start(cfg.size, **views.meta["start"])
+    if stage == 1:
+        # of the teacher's splats (B, 24, H, W) in 32 batches, as stage 1 will noise them
+        draws = (draw_batch(views, cfg, 0, cfg.iters[0] + i, slice(None)) for i in range(32))
+        network.stats.copy_(splat_statistics(
+            teacher(x if cfg.code else x[:, :1], Camera(w2c, K, tuple(x.shape[-2:])), background)
+            for x, w2c, K, _, _ in draws))
+        if cfg.warm_start and replace(teacher.cfg, code=cfg.code) == shape:
+            network.warm_start(teacher.unet)
+        elif cfg.warm_start:
+            print(f"no warm start: the teacher is {teacher.cfg}, the student {shape}")
     return network, teacher
 
 
-def teacher_splats(teacher, views, cfg, background):
-    """Raw splats (B, 24, H, W) of 32 batches, as stage 1 will noise them."""
-    for i in range(32):
-        x, w2c, K, _, _ = draw_batch(views, cfg, 0, cfg.iters[0] + i, slice(None))
-        x = x if cfg.code else x[:, :1]
-        yield teacher(x, Camera(w2c, K, tuple(x.shape[-2:])), background)
+def given_teacher(cfg, shape):
+    """The network that --teacher or --init names, ready for stage 0; refuses what does not fit."""
+    if cfg.init:
+        if "model_state_dict" in load_checkpoint(cfg.init, []):
+            fail(f"{cfg.init}: Splatter Image's weights; give them as --teacher")
+        given, _ = load_network(cfg.init, Teacher)
+    else:   # of any shape, but
+        given = load_teacher(cfg.teacher, shape.near, shape.far)
+        shape = replace(given.cfg, size=cfg.size, code=cfg.code or given.cfg.code)
+    if given.cfg not in (shape, replace(shape, code=0)):
+        fail(f"{cfg.init or cfg.teacher}: a {given.cfg}, and these flags need a {shape}")
+    if cfg.code and not given.encoder:
+        if not cfg.iters[0]:
+            fail(f"{cfg.teacher} cannot be told anything yet: give stage 0 steps to teach it, or "
+                 "--code=0 for the paper's own recipe")
+        given = can_be_told(given, cfg.code)
+    return given.requires_grad_() if cfg.init else given                      # all of it learns
 
 
 def train_stage(cfg, stage, views, test, state):
@@ -363,46 +345,47 @@ def train_stage(cfg, stage, views, test, state):
     ema = deepcopy(network).requires_grad_(False)                             # averaged weights
     step_once, optimiser = make_step(cfg, stage, network, deepcopy(teacher), background)
     if state["step"]:
-        network.load_state_dict(state["network"])
-        ema.load_state_dict(state["ema"])
-        here = {k: optimiser.param_groups[0][k] for k in ("lr", "capturable")}
-        optimiser.load_state_dict(state["optimiser"])
-        optimiser.param_groups[0].update(here)                                # of this device
-    skipped = torch.zeros((), device=cfg.device)           # steps whose gradient was no number
+        with reading(out / "resume.pt", "a state of this run; delete that folder"):
+            network.load_state_dict(state["network"])
+            ema.load_state_dict(state["ema"])
+            averages = dict(state=state["optimiser"]["state"])                # of gradients
+            optimiser.load_state_dict(optimiser.state_dict() | averages)
+    skipped = 0                                            # steps whose gradient was no number
     bar = tqdm(range(state["step"], iters), f"stage {stage}", iters, initial=state["step"],
                unit="step", mininterval=0.5, disable=RANK > 0)
     for step in bar:
+        if state["left"] == 0:
+            fail("stopped and saved, after --max_steps; the same command goes on")
         lr = torch.full((), learning_rate(cfg, stage, step), device=cfg.device)
         losses, norm, bad = step_once(*draw_batch(views, cfg, stage, step), lr)
-        skipped += bad
+        skipped = skipped + bad
         decay = min(cfg.ema, (1 + step) / (10 + step))     # short memory at first
         with torch.no_grad():
             torch._foreach_lerp_([*ema.parameters()], [*network.parameters()], 1 - decay)
 
         # -- what waits for the device happens now and then only
         done = step + 1
+        state["left"] -= 1
         shown = done % cfg.preview_every == 0 or done == iters
-        if done % cfg.log_every == 0 or shown:
-            record = {k: v.item() for k, v in losses.items()}
+        if RANK == 0 and (shown or done % cfg.log_every == 0):
+            record = dict(stage=stage, step=done, **{k: v.item() for k, v in losses.items()})
             bar.set_postfix_str(f"loss {record['loss']:.4f}")
-            if shown and RANK == 0:
+            if shown:
                 preview(teacher or ema, ema if stage else None, test, cfg)
                 record |= evaluate_few(ema, test, cfg)
-            log(out, stage=stage, step=done, **record, grad_norm=norm.item(),
-                skipped=skipped.item(), steps_per_s=bar.format_dict["rate"])
-        state["left"] -= 1
-        stop = state["left"] == 0 and done < iters
-        if done % cfg.save_every == 0 or stop:
-            save(cfg, views, stage, done, began, network=network.state_dict(),
-                 ema=ema.state_dict(), optimiser=optimiser.state_dict())
-        if stop:
-            fail("stopped and saved, after --max_steps; the same command goes on")
+            record |= dict(grad_norm=norm.item(), skipped=float(skipped),
+                           steps_per_s=bar.format_dict["rate"])
+            with open(out / "log.jsonl", "a") as file:     # after a kill, some steps are there twice
+                file.write(json.dumps(record) + "\n")
+        if done % cfg.save_every == 0 or state["left"] == 0:
+            save(cfg, views, stage=stage, step=done, minutes=(time.time() - began) / 60,
+                 network=network.state_dict(), ema=ema.state_dict(),
+                 optimiser=optimiser.state_dict())
     state |= dict(stage=stage + 1, step=0, minutes=(time.time() - began) / 60)
     if RANK == 0:   # a teacher that was given stays as it is, to the last bit
         meta = about(cfg, views, stage=stage, iters=iters, minutes=state["minutes"])
         save_network(out / f"{FILES[stage]}.pt", ema, meta, half=not (cfg.teacher and stage == 0))
-    save(cfg, views, stage + 1, 0, began)
-    barrier()                                                                 # that file is read
+    save(cfg, views, stage=stage + 1, step=0, minutes=state["minutes"])
 
 
 # ==== The lesson ends here. Below: processes, saving, flags. ======================================
@@ -416,43 +399,35 @@ def average(tensors):
         torch._foreach_copy_(tensors, [part.view_as(x) for part, x in zip(parts, tensors)])
 
 
+def barrier():
+    if WORLD > 1:
+        dist.barrier()
+
+
 def join_processes(device):
-    """Meet the other processes that torchrun has started."""
+    """Meet the other processes that torchrun has started; only the first one speaks."""
     if WORLD > 1:
         cuda = device.startswith("cuda")
         if cuda:
-            torch.cuda.set_device(device)
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
 
 
-def barrier():
-    """Wait for all processes."""
-    if WORLD > 1:
-        dist.barrier()
+def compile_network(network):
+    """In place; its first calls then take a minute or two."""
+    from torch._inductor import config as inductor   # late: importing it takes seconds
+    inductor.force_layout_optimization = True        # channels last, as cuDNN wants them
+    torch._dynamo.config.recompile_limit = 64        # with and without gradients, by use
+    for part in filter(None, (network.unet, getattr(network, "encoder", None))):
+        part.compile(dynamic=False)
 
 
 def on_device(views, device):
     """The images there once and for all, as uint8, if they fit."""
     fits = device.startswith("cuda") and views.images.nbytes < torch.cuda.mem_get_info()[0] / 3
     return views.to(device) if fits else views
-
-
-def compile_networks(*networks):
-    """In place; their first calls then take a minute or two."""
-    from torch._inductor import config as inductor   # late: importing it takes seconds
-    inductor.force_layout_optimization = True        # channels last, as cuDNN wants them
-    torch._dynamo.config.recompile_limit = 64        # with and without gradients, by use
-    for network in filter(None, networks):
-        network.compile(dynamic=False)
-
-
-def git_revision():
-    try:
-        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent,
-                             capture_output=True, text=True)
-        return git.stdout.strip() or "unknown"
-    except OSError:
-        return "unknown"
 
 
 def device_name(device):
@@ -462,26 +437,20 @@ def device_name(device):
 
 def about(cfg, views, **more):
     """What is written beside weights and tables: plain values."""
+    git = subprocess.run("git rev-parse --short HEAD", shell=True, cwd=Path(__file__).parent,
+                         capture_output=True, text=True).stdout.strip()
     dataset = {k: views.meta[k] for k in ("dataset", "procedural", "fingerprint")}
     return dict(dataset=cfg.dataset, data=dataset, config=asdict(cfg), seed=cfg.seed,
                 steps=cfg.steps, K=views.K[0].tolist(), background=list(views.meta["background"]),
-                git=git_revision(), device=f"{WORLD} x {device_name(cfg.device)}", **more)
+                git=git or "unknown", device=f"{WORLD} x {device_name(cfg.device)}", **more)
 
 
-def log(out, **record):
-    """Add a line to log.jsonl. A run that goes on after a kill writes some steps twice."""
-    if RANK == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        with open(out / "log.jsonl", "a") as file:
-            file.write(json.dumps(record) + "\n")
-
-
-def save(cfg, views, stage, step, began, **more):
+def save(cfg, views, **state):
     """resume.pt: all that training needs to go on from here."""
     if RANK == 0:
-        state = dict(stage=stage, step=step, minutes=(time.time() - began) / 60,
-                     about=about(cfg, views), **more)
+        state["about"] = about(cfg, views)
         write_atomically(Path(cfg.out) / "resume.pt", lambda file: torch.save(state, file))
+    barrier()
 
 
 def resume(cfg, views):
@@ -490,50 +459,59 @@ def resume(cfg, views):
     if not path.exists():
         return dict(stage=0, step=0, minutes=0.0)
     state = load_checkpoint(path, ("stage", "step", "minutes", "about"))
-    old, new = state["about"]["config"], asdict(cfg)
-    free = SESSION | {"steps"} if cfg.eval_only else SESSION     # sampling may take other steps
-    changed = [f"{k}: {old[k]} -> {new[k]}" for k in new
-               if k not in free and old.get(k, new[k]) != new[k]]     # unknown then: as it is now
-    if state["about"]["data"]["fingerprint"] != views.meta["fingerprint"]:
-        changed.append("the images in the dataset")
+    with reading(path, "a state of this version; delete that folder"):
+        was = state["about"]["config"] | dict(images=state["about"]["data"]["fingerprint"])
+    now = dict(images=views.meta["fingerprint"], **asdict(cfg))
+    fixed = [*now][:[*now].index("root")]
+    changed = [f"{k}: {was[k]} -> {now[k]}" for k in fixed if was.get(k, now[k]) != now[k]
+               and not (cfg.eval_only and k == "steps")]          # sampling may take other steps
     if changed:
         fail(f"{path} is a run with other settings ({'; '.join(changed)}); give those, or another "
              "--out, or delete that folder")
     return state
 
 
+def value_of(field, text):
+    """A flag's value in Python's spelling, of the type of its default and within LIMITS."""
+    like = field.default
+    if type(like) is str:
+        return text
+    kind = type(like[0] if type(like) is tuple else like)
+    least, most = LIMITS.get(field.name, (0, 10**9))
+    try:
+        value = ast.literal_eval(text)
+        numbers = [kind(x) if (type(x), kind) == (int, float) else x
+                   for x in (value if type(like) is tuple else [value])]
+        if all(type(x) is kind and least <= x <= most for x in numbers) and numbers:
+            return tuple(numbers) if type(like) is tuple else numbers[0]
+    except Exception:   # of a text that is no Python, or no tuple
+        pass
+    fail(f"--{field.name}={text!r}: give {kind.__name__} from {least} to {most}, such as {like}")
+
+
 def parse(argv):
     """--name=value or --name value -> Config; the defaults depend on the machine."""
     parser = argparse.ArgumentParser(
-        usage="python train.py [--name=value ...]", description=__doc__,
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"{inspect.getsource(Config)}\nOn a GPU: {GPU}\n\n--paper: {PAPER}",
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        argument_default=argparse.SUPPRESS)
+        allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.error = fail
     for f in fields(Config):
-        parser.add_argument(f"--{f.name}", nargs="?", const="True", help=argparse.SUPPRESS)
+        bare = dict(nargs="?", const=True) if f.type is bool else {}
+        parser.add_argument(f"--{f.name}", type=partial(value_of, f), help=argparse.SUPPRESS,
+                            **bare)
     given = vars(parser.parse_args(argv))
-    for f in fields(Config):
-        if f.name in given and f.type is not str:
-            given[f.name] = value_of(f, given[f.name])
     device = pick_device(given.get("device"))
-    if WORLD > 1 and device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
     cuda = device.startswith("cuda")
-    sizes = dict(GPU) if cuda else {}
+    sizes = GPU if cuda else {}
     if given.get("paper"):
         row = data.DATASETS.get(given.get("dataset", Config.dataset), data.OWN)
-        sizes |= PAPER | dict(iters=(row["iters"], *PAPER["iters"]))
-    cfg = Config(**{**sizes, **given, "device": device})
+        sizes = sizes | PAPER | dict(iters=(row["iters"], *PAPER["iters"]))
+    cfg = Config(**sizes | given | dict(device=device))
     cfg.out = cfg.out or f"out/{Path(cfg.dataset).resolve().name}"
-    least = dict(size=1, width=8, blocks=1, told=1, views=2, samples=1, steps=1, n_train=1,
-                 n_test=1, log_every=1, preview_every=1, save_every=1)
-    for name, value in least.items():
-        if getattr(cfg, name) < value:
-            fail(f"--{name}={getattr(cfg, name)}: give {value} or more")
     for wrong, message in [
             (cfg.weighting not in WEIGHTINGS, f"--weighting: give one of {', '.join(WEIGHTINGS)}"),
-            ({len(x) for x in (cfg.iters, cfg.batch, cfg.lr)} != {3},
+            ({len(cfg.iters), len(cfg.batch), len(cfg.lr)} != {3},
              "--iters, --batch and --lr have three numbers each, one a stage"),
             (not (cfg.iters[0] or cfg.teacher),
              f"--iters={cfg.iters}: without a stage 0, --teacher must name a teacher's file"),
@@ -541,53 +519,27 @@ def parse(argv):
              f"--batch={cfg.batch}: give multiples of {WORLD}, the number of processes, and in "
              "stage 0 two or more for each, because half of a batch is told nothing"),
             (cfg.init and cfg.teacher, "--init begins stage 0, --teacher replaces it; give one"),
-            (not 0 <= cfg.t_star < cfg.t_known < T,
-             f"--t_star={cfg.t_star} and --t_known={cfg.t_known} must rise, from 0 to {T - 1}"),
-            (cfg.size % 2 ** (len(cfg.mult) - 1), f"--size={cfg.size} does not halve "
-             f"{len(cfg.mult) - 1} times, as the levels of --mult={cfg.mult} need"),
+            (cfg.t_star >= cfg.t_known, f"--t_star={cfg.t_star}: give less than --t_known"),
+            (cfg.size % 2 ** (len(cfg.mult) - 1), f"--size={cfg.size}: it must be even on each "
+             f"level of --mult={cfg.mult} but the last"),
             ((cfg.graph or cfg.compile) and not cuda, "--graph and --compile need a GPU")]:
         if wrong:
             fail(message)
-    return cfg
-
-
-def value_of(field, text):
-    """A flag's value in Python's spelling, of the type that its default has."""
     try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = None
-    if field.type is float and type(value) is int:
-        value = float(value)
-    if type(value) is not field.type:
-        fail(f"--{field.name} needs a {field.type.__name__} such as {field.default!r}, not {text}")
-    return value
-
-
-def take_teacher(cfg, views):
-    """Check the teacher that --teacher names, and copy it to the results."""
-    given = load_teacher(cfg.teacher, views.meta["near"], views.meta["far"])
-    code = given.cfg.code
-    for wrong, message in [
-            (given.cfg.size != cfg.size, f"is for pictures of --size={given.cfg.size}"),
-            (cfg.code and code not in (0, cfg.code), f"is told in numbers of --code={code}; to "
-             "tell it nothing give --code=0"),
-            (cfg.code and not code and not cfg.iters[0], "cannot be told anything yet: give stage "
-             "0 steps to teach it, or --code=0 for the paper's own recipe")]:
-        if wrong:
-            fail(f"{cfg.teacher} {message}")
-    meta = about(cfg, views, stage=0, iters=0, minutes=0.0)
-    save_network(Path(cfg.out) / "teacher.pt", given, meta, half=False)
+        with torch.device("meta"):                 # only the shapes
+            Denoiser(ModelConfig(cfg.size, cfg.width, cfg.mult, cfg.blocks, cfg.attn))
+    except ValueError as e:                        # of groups of channels
+        fail(f"--width={cfg.width} --mult={cfg.mult}: {e}; powers of 2 will do")
+    return cfg
 
 
 def main():
     cfg = parse(sys.argv[1:])
     out = Path(cfg.out)
-    if RANK > 0:
-        sys.stdout = open(os.devnull, "w")                                    # one voice
-    print(f"device: {WORLD} x {device_name(cfg.device)} (python train.py --help lists the flags)")
-    print(" ".join(f"{k}={v}" for k, v in asdict(cfg).items()))
+    out.mkdir(parents=True, exist_ok=True)
     join_processes(cfg.device)
+    print(f"device: {WORLD} x {device_name(cfg.device)} (python train.py --help lists the flags)\n"
+          + shlex.join(f"--{k}={v}" for k, v in asdict(cfg).items()))
     if RANK > 0:                                                              # 0 makes the data
         barrier()
     splits = data.prepare(cfg.dataset, cfg.root, cfg.size, cfg.n_train, cfg.n_test, cfg.data_seed,
@@ -597,28 +549,28 @@ def main():
     for split in {"train", cfg.split}.difference(splits):
         fail(f"{cfg.dataset} in {cfg.root} has no {split} split; unpack it too")
     views, test = [on_device(splits[split], cfg.device) for split in ("train", cfg.split)]
-    state = resume(cfg, views)
-    if cfg.teacher and not (out / "resume.pt").exists() and RANK == 0:
-        take_teacher(cfg, views)
+    state = resume(cfg, views) | dict(left=cfg.max_steps or -1)
+    if cfg.teacher and state["stage"] == state["step"] == 0:
+        given, _ = make_networks(cfg, 0, views, None)
+        if all(x.requires_grad for x in given.parameters()):      # there is nothing to teach it
+            state["stage"] = 1
+            if RANK == 0:
+                meta = about(cfg, views, stage=0, iters=0, minutes=0.0)
+                save_network(out / "teacher.pt", given, meta, half=False)
     barrier()                                      # what is read above is written below
-    state["left"] = 0 if cfg.eval_only else cfg.max_steps or -1
-    if cfg.teacher and state["stage"] == 0 and (
-            not cfg.code or load_network(out / "teacher.pt", Teacher)[0].encoder):
-        state |= dict(stage=1, step=0)             # it can be told, or need not
     if not cfg.eval_only:
         print(f"watch {out}/preview.png; after an interruption the same command goes on")
-        log(out, **about(cfg, views))
-    for stage in range(3 if cfg.eval_only else state["stage"], 3):
-        if not cfg.iters[stage]:
+    for stage in range(state["stage"], 3):
+        if cfg.eval_only or not cfg.iters[stage]:
             break
         train_stage(cfg, stage, views, test, state)
     if RANK == 0:
         print(score_table(cfg, views, test, about(cfg, test)))
         print(f"{state['minutes']:.1f} minutes of training; {out}/ has preview.png results.json "
               "scores log.jsonl and the weights")
-        students = [out / f"{name}.pt" for name in FILES[1:] if (out / f"{name}.pt").exists()]
-        if students:
-            print(f"now: python sample.py <picture> --weights {students[-1]}")
+        if state["stage"] > 1:
+            weights = f"{out}/{FILES[state['stage'] - 1]}.pt"
+            print("now:", shlex.join(["python", "sample.py", "picture.png", "--weights", weights]))
 
 
 if __name__ == "__main__":
