@@ -16,6 +16,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import zlib
 from concurrent.futures import ProcessPoolExecutor
@@ -56,8 +57,15 @@ DATASETS = {
 }
 OWN = dict(CO3D, near=-0.5, far=0.5, background=ON_WHITE)            # a folder of your own
 EXTENT = 1.27          # world units across a picture at the object's distance, as in SRN's cars
-OBJECTS = "folders with transforms.json (NeRF) or intrinsics.txt, rgb/ and pose/ (SRN)"
+OBJECTS = ("folders with pictures and their cameras: transforms.json (NeRF), or intrinsics.txt, rgb/ "
+           "and pose/ (SRN); pictures alone are not enough")
 SPLITS = "train", "val", "test"
+# camera models of transforms.json that are pinholes if nothing distorts; fields of nerfstudio and
+# instant-ngp that change rays, poses or pixels if they are not 0. All others are used or harmless.
+PINHOLES = "PINHOLE", "SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL", "OPENCV", "FULL_OPENCV"
+NO_PINHOLE = re.compile("[kps][1-9]|distortion.*|is_fisheye|ftheta.*|latlong|equirectangular|"
+                        "orthographic|rolling_shutter.*|[xy]_fov|intrinsic.*|from_na|"
+                        "(white|black)_transparent|mask_color|transform_matrix_.*")
 VERSION = 2            # of the packed files: to be raised when their bytes change
 
 
@@ -118,7 +126,7 @@ def prepare(dataset, root="data", size=128, n_train=200, n_test=24, seed=0, quie
         cars.generate(Path(root, dataset), limits, seed, partial(parallel, quiet=quiet))
         folders = find(root, dataset)
     if not folders:
-        fail(f"no dataset {dataset}: give one of {', '.join(DATASETS)}, or a folder with {OBJECTS}")
+        fail(f"no dataset {dataset}: give one of {', '.join(DATASETS)}, or a folder of {OBJECTS}")
     if not quiet:
         said = f" (procedural, seed {seed}, not ShapeNet)" if limits else ""
         print(f"data: {Path(dataset).name} in {min(folders.values()).parent}{said}", flush=True)
@@ -136,12 +144,11 @@ def load(root, dataset, split, size, limit=None, quiet=False):
     files = [files_of(os.path.realpath(item)) for item in (*objects, *folder.glob("camera_?s.npz"))]
     stamp = hashlib.sha256(repr((VERSION, files)).encode()).hexdigest()[:12]
     stem = Path(root, ".cache", f"{Path(dataset).name}_{split}_{size}_{stamp}")
-    if not Path(f"{stem}.npz").exists():
+    packed = read_pack(stem, size)
+    if not packed:
         pack(stem, [(item, split, size, about) for item in objects], f"packing {folder}", quiet)
-    with reading(stem, "a whole pack, delete it"), np.load(f"{stem}.npz") as file:
-        c2w, K, start, names, checks = file.values()
-        # "c", copy on write: torch wants writable memory, and the file must never change
-        images = np.memmap(f"{stem}.u8", np.uint8, "c", shape=(len(K), 3, size, size))
+        packed = read_pack(stem, size) or fail(f"{stem}: cannot be read back")
+    images, c2w, K, start, names, checks = packed
     if len(names) < len(objects) and not quiet:
         print(f"data: {len(objects) - len(names)} objects in {folder} have no finite cameras")
     return Views(*map(torch.from_numpy, (images, c2w, K, start)), names.tolist(), dict(
@@ -194,8 +201,10 @@ def read_srn(folder, split, background):
     with reading(path, "intrinsics, `f cx cy 0.` first and `height width` last"):
         f, cx, cy, *_, h, w = numbers(path).tolist()
         K = pinhole([f / w, f / h, cx / w, cy / h], path)                    # (4,)
-    files = sorted(folder.glob("rgb/*.png"))
-    poses = sorted(folder.glob("pose/*.txt"))
+        if w != h:
+            raise ValueError(f"{w} x {h} is not square, as the pictures are")
+    files = sorted(filter(Path.is_file, folder.glob("rgb/[!.]*.png")))       # macOS adds ._*.png
+    poses = sorted(filter(Path.is_file, folder.glob("pose/[!.]*.txt")))
     odd = {p.stem for p in files} ^ {p.stem for p in poses}
     if odd or not poses:
         odd = min(odd, default="*")
@@ -225,33 +234,56 @@ def read_nerf(folder, split, background):
 
 def nerf_frame(path, frame, background):
     """A frame has camera-to-world with OpenGL's axes (y up, z backward), and focal lengths as fl_x,
-    fl_y in pixels or as the angle camera_angle_x."""
-    name = frame["file_path"]
-    if any(part[0] in "./" for part in Path(name).parts):      # `load` looks only below it
-        fail(f"{path}: {name} is not below this folder; copy the pictures there")
-    files = [path.parent / (name + end) for end in ("", ".png", ".jpg", ".jpeg")]
-    file = next(filter(Path.is_file, files), None)
-    if not file:
-        fail(f"{files[0]}: not there, but {path} names it; copy it again, or remove its frame")
-    if any(map(frame.get, ("k1", "k2", "k3", "k4", "p1", "p2", "is_fisheye"))):
-        fail(f"{path}: its lens distorts, a pinhole camera is needed; undistort the pictures "
-             "(colmap image_undistorter), or set k1 to p2 to 0 to ignore it")
+    fl_y in pixels or as angles camera_angle_x, camera_angle_y. Black in mask_path is background."""
+    file = named_file(path, frame["file_path"])
+    model = frame.get("camera_model") or "PINHOLE"
+    odd = [key for key, value in frame.items() if NO_PINHOLE.fullmatch(key) and np.any(value)]
+    if odd or model not in PINHOLES:
+        fail(f"{path}: {odd[0] if odd else model}: its lens distorts, or its poses or colours count "
+             "otherwise; undistort the pictures (colmap image_undistorter)")
     image = read_rgba(file)
     if Image.open(file).getexif().get(0x0112, 1) != 1:
         fail(f"{file}: EXIF turns it, its camera may be of either; save it upright")
+    if frame.get("mask_path"):
+        mask = named_file(path, frame["mask_path"])
+        keep = on_background(read_rgba(mask), (0, 0, 0)).any(2)              # (h, w)
+        if keep.shape != image.size[::-1]:
+            fail(f"{mask}: not of the size of {file}")
+        image = Image.fromarray(np.asarray(image) * keep[:, :, None])
     size = np.array(image.size)                                              # (2,) w h
+    w, h = frame.get("w", size[0]), frame.get("h", size[1])
+    if not abs(w * size[1] - h * size[0]) < max(w, h):     # within a pixel: it may be resized
+        fail(f"{file}: {size} pixels, but {path} says w {w}, h {h}, of another shape")
+    fx = focal_length(frame, "x", w)
+    fy = focal_length(frame, "y", h, fx)
+    K = pinhole([fx / w, fy / h, frame.get("cx", w / 2) / w, frame.get("cy", h / 2) / h], path)
     side = size.max()
     pad = (side - size) // 2                                                 # (2,) left and above
-    w = frame.get("w", size[0])                            # the file may be resized, K counts in
-    h = frame.get("h", size[1])                            # pixels as they were
-    fx = frame["fl_x"] if "fl_x" in frame else w / 2 / math.tan(frame["camera_angle_x"] / 2)
-    fy = frame.get("fl_y", fx)
-    K = pinhole([fx / w, fy / h, frame.get("cx", w / 2) / w, frame.get("cy", h / 2) / h], path)
     K = (K * [*size, *size] + [0, 0, *pad]) / side                           # (4,)
     square = ImageOps.expand(image, (*pad, *(side - size - pad)))            # transparent beside it
     m = np.vstack([frame["transform_matrix"], [0, 0, 0, 1]])[:4]             # from (4, 4) or (3, 4)
     c2w = rigid(m, f"{path}: {file}") * [1, -1, -1, 1]                       # (4, 4)
     return c2w, K, on_background(square, background)
+
+
+def named_file(path, name):
+    """The file of that name beside path, with or without its ending."""
+    if any(part[0] in "./" for part in Path(name).parts):      # `load` looks only below it
+        fail(f"{path}: {name} is not below this folder; copy it there")
+    files = [path.parent / (name + end) for end in ("", ".png", ".jpg", ".jpeg")]
+    return next(filter(Path.is_file, files), None) or fail(
+        f"{files[0]}: not there, but {path} names it; copy it again, or remove its frame")
+
+
+def focal_length(frame, axis, side, default=None):
+    """In pixels, from fl_x or camera_angle_x (or y), which agree if both are given."""
+    f = frame.get(f"fl_{axis}", default)
+    if f"camera_angle_{axis}" in frame:
+        by_angle = side / 2 / math.tan(frame[f"camera_angle_{axis}"] / 2)
+        f = frame.get(f"fl_{axis}", by_angle)
+        if not abs(f - by_angle) <= .01 * f:
+            raise ValueError(f"fl_{axis} and camera_angle_{axis} are of different cameras")
+    return f
 
 
 def read_co3d(folder, split, background):
@@ -285,12 +317,16 @@ def read_co3d(folder, split, background):
 
 
 def co3d_array(path, V, channels):
-    """-> an iterator of V pictures (c, S, S) float32 in [0, 1]."""
+    """Yield V pictures (c, S, S) float32 in [0, 1]."""
     with reading(path, f"an array ({V}, {channels[0]}, S, S); preprocess the sequence again"):
         x = np.load(path, mmap_mode="r")                                     # (V, c, S, S)
         if x.ndim != 4 or len(x) != V or x.shape[1] not in channels or x.shape[2] != x.shape[3]:
             raise ValueError(f"of shape {x.shape}")
-    return (np.float32(y) / (255 if x.dtype == np.uint8 else 1) for y in x)
+    for y in x:
+        y = np.float32(y) / (255 if x.dtype == np.uint8 else 1)              # (c, S, S)
+        if not (-.01 < y.min() and y.max() < 1.01):            # a resized picture overshoots
+            fail(f"{path}: from {y.min():g} to {y.max():g}; save it as uint8, or from 0 to 1")
+        yield y
 
 
 READERS = {   # by the file that only objects of this layout have
@@ -337,10 +373,20 @@ def rigid(m, path, what="a pose"):
 
 def read_rgba(path):
     """Any picture (grey, 16-bit, palette, transparent) -> RGBA image, upright as its EXIF says."""
-    with reading(path, "a readable image"), Image.open(path) as image:
+    # by its open file: Pillow maps a named TIFF into memory, and then turns it wrongly
+    with reading(path, "a readable image"), open(path, "rb") as file, Image.open(file) as image:
+        scale = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 257}.get(str(image.tile[0][3]))
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):                                       # 16-bit grey
-            image = Image.fromarray((np.asarray(image) / 257 + .5).astype(np.uint8))
+        key = image.info.get("transparency")                                 # in the file's units
+        if image.mode[0] in "IF":                                            # Pillow would clip it
+            grey = np.asarray(image)                                         # (h, w)
+            if image.mode == "F" or not 0 <= grey.min() <= grey.max() < 65536:
+                raise ValueError("its numbers have neither 8 nor 16 bits")
+            image = np.stack([grey / 257 + .5, 255 * (grey != key)], 2)      # (h, w, 2)
+            image = Image.fromarray(image.astype(np.uint8))
+        elif scale and key is not None:
+            key = tuple(round(k * scale) for k in np.atleast_1d(key))
+            image.info["transparency"] = key if len(key) > 1 else key[0]
         return image.convert("RGBA")
 
 
@@ -396,7 +442,7 @@ def list_objects(folder, split, shared):
         train = [item for item in found if item not in test] or test
         found = test if split == "test" else train
     if not found:
-        fail(f"{folder}: no objects in it: {OBJECTS}")
+        fail(f"{folder}: no objects in it, which are {OBJECTS}")
     return found
 
 
@@ -412,9 +458,21 @@ def pack(stem, jobs, title, quiet):
         if not rows:
             fail(f"{title}: no object has finite cameras")
     c2w, K, names, checks = zip(*rows)
-    with writing(f"{stem}.npz") as file:                       # `load` takes them in this order
+    with writing(f"{stem}.npz") as file:                       # `load` reads them in this order
         np.savez(file, c2w=np.concatenate(c2w), K=np.concatenate(K),
                  start=np.cumsum([0, *map(len, c2w)]), names=names, checks=checks)      # (O+1,)
+
+
+def read_pack(stem, size):
+    """-> what `pack` wrote, or None if it is not there or not whole: then it is made again."""
+    try:
+        with np.load(f"{stem}.npz") as file:
+            arrays = [*file.values()]
+        # "c", copy on write: torch wants writable memory, and the file must never change
+        shape = len(arrays[0]), 3, size, size
+        return np.memmap(f"{stem}.u8", np.uint8, "c", shape=shape), *arrays
+    except Exception:                                    # zipfile raises whatever it stumbles over
+        return None
 
 
 def read_packed(job):
@@ -422,7 +480,7 @@ def read_packed(job):
     not finite."""
     folder, _, size, about = job
     pixels, c2w, K = read_object(*job)                                       # (V, size, size, 3)
-    if np.isfinite(c2w).all() and np.isfinite(K).all():
+    if np.isfinite(c2w).all():
         pictures = pixels.transpose(0, 3, 1, 2).tobytes()                    # V x 3 x size x size
         check = zlib.crc32(pictures, zlib.crc32(c2w.tobytes()))
         if about == OWN and K.shape[1] == 4:      # a copy, in a worker process
@@ -435,7 +493,7 @@ def files_of(path):
     if os.path.isdir(path):
         names = sorted(os.listdir(path))
         return [files_of(os.path.join(path, name)) for name in names if name[0] != "."]
-    info = os.stat(path)
+    info = os.stat(path, follow_symlinks=os.path.exists(path))     # a link may lead nowhere
     return path, info.st_size, info.st_mtime_ns
 
 
@@ -479,6 +537,8 @@ def writing(path):
     try:
         with open(part, "wb") as file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as e:
         fail(f"cannot write {path}: {e.strerror or e}; free some disk space or choose another "
