@@ -31,7 +31,7 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from rasterize import Camera, fail
+from rasterize import Camera, fail, reading
 from toys import cars
 
 # Settings of each dataset, as in Splatter Image:
@@ -60,7 +60,7 @@ SPLITS = "train", "val", "test"
 PINHOLES = "PINHOLE", "SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL", "OPENCV", "FULL_OPENCV"
 REFUSED = re.compile("[kps][1-9]|(distortion|ftheta|rolling_shutter|intrinsic|transform_matrix_).*|"
                      ".*_transparent|mask_color|is_fisheye|latlong|equirectangular|from_na|._fov")
-VERSION = 2            # of the packed files: to be raised when their bytes change
+VERSION = 3            # of the packed files: to be raised when their bytes change
 
 
 # ---- batches -------------------------------------------------------------------------------------
@@ -449,7 +449,7 @@ def pack(stem, jobs, title, quiet):
             rows.append(row)
         if not rows:
             fail(f"{title}: no object has finite cameras")
-        c2w, K, names, checks = zip(*rows)                     # `load` reads them in this order:
+        c2w, K, names, checks = zip(*rows)
         np.savez(beside, c2w=np.concatenate(c2w), K=np.concatenate(K),
                  start=np.cumsum([0, *map(len, c2w)]), names=names, checks=checks)      # (O+1,)
 
@@ -458,7 +458,7 @@ def read_pack(stem, size):
     """What `pack` wrote, or None if it is not there or not whole."""
     try:
         with np.load(f"{stem}.npz") as file:
-            arrays = [*file.values()]
+            arrays = [file[name] for name in ("c2w", "K", "start", "names", "checks")]
         # "c", copy on write: torch wants writable memory, and the file must never change
         shape = len(arrays[0]), 3, size, size
         return np.memmap(f"{stem}.u8", np.uint8, "c", shape=shape), *arrays
@@ -508,15 +508,6 @@ def parallel(function, jobs, title, quiet=False):
 
 
 # ================ The idea ends here. Below: errors in one line, and the command. ================
-
-@contextmanager
-def reading(path, what):
-    """Any error inside ends in one line that names the file."""
-    try:
-        yield
-    except Exception as e:                               # Pillow raises whatever its decoders do
-        fail(f"{path}: not {what} ({' '.join([type(e).__name__, *str(e).split()])})")
-
 
 @contextmanager
 def writing(path):
