@@ -2,7 +2,7 @@
 
     <root>/srn_cars/cars_<split>/<object>/{intrinsics.txt, rgb/000000.png, pose/000000.txt}
     <root>/co3d_hydrant_for_gs/<split>/<object>/{images_full, images_fg, focal_lengths}.npy
-    path/to/your/own/<object>/{transforms.json and the pictures it names, or SRN's files}
+    path/to/your/own/<object>/{transforms.json and the pictures it names, or the files of SRN}
 
 `prepare` finds a dataset, packs the pictures of each split into one memory-mapped uint8 file, and
 returns its `Views`; `draw` and `gather` cut batches from them, so training decodes no picture.
@@ -16,6 +16,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import zlib
 from concurrent.futures import ProcessPoolExecutor
@@ -39,25 +40,26 @@ from toys import cars
 #   background   rgb
 #   source       the view of a test object that is the input; all others are targets
 #   iters        steps of the teacher | start: gain, bias of its last layer; both for --paper
-#   place        what the paths of its splits begin with, below --root
 ON_WHITE = (1., 1., 1.)
 SMALL = math.log(.02)
 CO3D = dict(near=-2.0, far=2.0, background=(0., 0., 0.), source=0, iters=900_001,
             start=dict(opacity=(1, -2), scale=(.003, SMALL), offset=(.1, 0)))
 DATASETS = {
     "cars": dict(near=0.80, far=1.80, background=ON_WHITE, source=cars.SOURCE, iters=900_001,
-                 start=dict(opacity=(.001, -3), scale=(.001, SMALL), offset=(1e-6, 0)),
-                 place="srn_cars/cars_"),
+                 start=dict(opacity=(.001, -3), scale=(.001, SMALL), offset=(1e-6, 0))),
     "chairs": dict(near=1.25, far=2.75, background=ON_WHITE, source=64, iters=1_000_001,
-                   start=dict(opacity=(.001, -2), scale=(.001, SMALL), offset=(1e-6, 0)),
-                   place="srn_chairs/chairs_"),
-    "hydrants": dict(CO3D, place="co3d_hydrant_for_gs/"),
-    "teddybears": dict(CO3D, place="co3d_teddybear_for_gs/"),
+                   start=dict(opacity=(.001, -2), scale=(.001, SMALL), offset=(1e-6, 0))),
+    "hydrants": CO3D, "teddybears": CO3D,
 }
 OWN = dict(CO3D, near=-0.5, far=0.5, background=ON_WHITE)            # a folder of your own
 EXTENT = 1.27          # world units across a picture at the object's distance, as in SRN's cars
-OBJECTS = "folders with transforms.json (NeRF) or intrinsics.txt, rgb/ and pose/ (SRN)"
+CAMERAS = "transforms.json, or intrinsics.txt with pose/ and rgb/, or CO3D's focal_lengths.npy"
 SPLITS = "train", "val", "test"
+# transforms.json: camera models that are pinholes if no coefficient distorts; fields of nerfstudio
+# and instant-ngp that, if not 0, change rays, poses or colours. The others are used or harmless.
+PINHOLES = "PINHOLE", "SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL", "OPENCV", "FULL_OPENCV"
+REFUSED = re.compile("[kps]\\d*|(distortion|ftheta|rolling_shutter|intrinsic|transform_matrix_).*|"
+                     ".*_transparent|mask_color|is_fisheye|latlong|equirectangular|from_na|._fov")
 VERSION = 2            # of the packed files: to be raised when their bytes change
 
 
@@ -118,7 +120,7 @@ def prepare(dataset, root="data", size=128, n_train=200, n_test=24, seed=0, quie
         cars.generate(Path(root, dataset), limits, seed, partial(parallel, quiet=quiet))
         folders = find(root, dataset)
     if not folders:
-        fail(f"no dataset {dataset}: give one of {', '.join(DATASETS)}, or a folder with {OBJECTS}")
+        fail(f"no dataset {dataset}: give {', '.join(DATASETS)}, or a folder with objects")
     if not quiet:
         said = f" (procedural, seed {seed}, not ShapeNet)" if limits else ""
         print(f"data: {Path(dataset).name} in {min(folders.values()).parent}{said}", flush=True)
@@ -133,15 +135,15 @@ def load(root, dataset, split, size, limit=None, quiet=False):
     folder = folders[split]
     objects = list_objects(folder, split, shared=[*folders.values()].count(folder) > 1)[:limit]
     about = DATASETS.get(dataset, OWN)
-    files = [files_of(os.path.realpath(item)) for item in (*objects, *folder.glob("camera_?s.npz"))]
-    stamp = hashlib.sha256(repr((VERSION, files)).encode()).hexdigest()[:12]
+    read = *objects, *sorted(folder.glob("camera_?s.npz"))
+    stamp = repr((VERSION, [files_of(os.path.realpath(path)) for path in read]))
+    stamp = hashlib.sha256(stamp.encode()).hexdigest()[:12]
     stem = Path(root, ".cache", f"{Path(dataset).name}_{split}_{size}_{stamp}")
-    if not Path(f"{stem}.npz").exists():
+    packed = read_pack(stem, size)
+    if not packed:
         pack(stem, [(item, split, size, about) for item in objects], f"packing {folder}", quiet)
-    with reading(stem, "a whole pack, delete it"), np.load(f"{stem}.npz") as file:
-        c2w, K, start, names, checks = file.values()
-        # "c", copy on write: torch wants writable memory, and the file must never change
-        images = np.memmap(f"{stem}.u8", np.uint8, "c", shape=(len(K), 3, size, size))
+        packed = read_pack(stem, size)
+    images, c2w, K, start, names, checks = packed
     if len(names) < len(objects) and not quiet:
         print(f"data: {len(objects) - len(names)} objects in {folder} have no finite cameras")
     return Views(*map(torch.from_numpy, (images, c2w, K, start)), names.tolist(), dict(
@@ -153,7 +155,7 @@ def load(root, dataset, split, size, limit=None, quiet=False):
 def read_object(folder, split, size, about):
     """All views of one object -> pixels (V, size, size, 3) uint8, c2w (V, 4, 4) float64, and
     K (V, 4 or 5) in pixels. about["background"] is the colour behind transparent pictures."""
-    read = layout(folder, split) or read_srn
+    read = layout(folder, split) or fail(f"{folder}: no cameras in it: {CAMERAS}")
     with reading(folder, "an object that can be read"):
         views = [(c2w, K, resize(picture, size))
                  for c2w, K, picture in read(Path(folder), split, about["background"])]
@@ -183,9 +185,9 @@ def centred(c2w, K, folder, size):
 
 
 # ---- one reader a layout -------------------------------------------------------------------------
-# read(folder, split, background) yields the views: c2w (4, 4) as in OpenCV; K (4 or 5,), fx fy cx cy
-# as fractions of the picture's side and, in CO3D, the depth of the object's middle; and a square
-# picture (side, side, 3) uint8.
+# read(folder, split, background) yields an object's views: c2w (4, 4) as in OpenCV; K (4 or 5,), fx
+# fy cx cy as fractions of the picture's side and, in CO3D, the depth of the object's middle; and a
+# square picture (side, side, 3) uint8.
 
 def read_srn(folder, split, background):
     """intrinsics.txt: f cx cy 0. / ... / height width. pose/*.txt: camera-to-world, row-major.
@@ -194,8 +196,10 @@ def read_srn(folder, split, background):
     with reading(path, "intrinsics, `f cx cy 0.` first and `height width` last"):
         f, cx, cy, *_, h, w = numbers(path).tolist()
         K = pinhole([f / w, f / h, cx / w, cy / h], path)                    # (4,)
-    files = sorted(folder.glob("rgb/*.png"))
-    poses = sorted(folder.glob("pose/*.txt"))
+        if w != h:
+            raise ValueError(f"{w} x {h} is not square, as the pictures are")
+    files = sorted(filter(Path.is_file, folder.glob("rgb/[!.]*.png")))       # macOS adds ._*.png
+    poses = sorted(filter(Path.is_file, folder.glob("pose/[!.]*.txt")))
     odd = {p.stem for p in files} ^ {p.stem for p in poses}
     if odd or not poses:
         odd = min(odd, default="*")
@@ -225,33 +229,55 @@ def read_nerf(folder, split, background):
 
 def nerf_frame(path, frame, background):
     """A frame has camera-to-world with OpenGL's axes (y up, z backward), and focal lengths as fl_x,
-    fl_y in pixels or as the angle camera_angle_x."""
-    name = frame["file_path"]
-    if any(part[0] in "./" for part in Path(name).parts):      # `load` looks only below it
-        fail(f"{path}: {name} is not below this folder; copy the pictures there")
-    files = [path.parent / (name + end) for end in ("", ".png", ".jpg", ".jpeg")]
-    file = next(filter(Path.is_file, files), None)
-    if not file:
-        fail(f"{files[0]}: not there, but {path} names it; copy it again, or remove its frame")
-    if any(map(frame.get, ("k1", "k2", "k3", "k4", "p1", "p2", "is_fisheye"))):
-        fail(f"{path}: its lens distorts, a pinhole camera is needed; undistort the pictures "
-             "(colmap image_undistorter), or set k1 to p2 to 0 to ignore it")
+    fl_y in pixels or as angles camera_angle_x, camera_angle_y. Black in mask_path is background."""
+    file = named_file(path, frame["file_path"])
+    odd = [key for key, value in frame.items() if REFUSED.fullmatch(key) and np.any(value)]
+    model = frame.get("camera_model") or "PINHOLE"
+    if odd or model not in PINHOLES:
+        fail(f"{path}: {odd[0] if odd else model}: its lens distorts, or poses or colours mean "
+             "something else; undistort the pictures (colmap image_undistorter)")
     image = read_rgba(file)
     if Image.open(file).getexif().get(0x0112, 1) != 1:
         fail(f"{file}: EXIF turns it, its camera may be of either; save it upright")
+    if frame.get("mask_path"):
+        mask = named_file(path, frame["mask_path"])
+        keep = on_background(read_rgba(mask), (0, 0, 0)).any(2)              # (h, w)
+        if keep.shape != image.size[::-1]:
+            fail(f"{mask}: not of the size of {file}")
+        image = Image.fromarray(np.asarray(image) * keep[:, :, None])
     size = np.array(image.size)                                              # (2,) w h
+    w, h = frame.get("w", size[0]), frame.get("h", size[1])
+    if not abs(w * size[1] - h * size[0]) < max(w, h):     # within a pixel: it may be resized
+        fail(f"{file}: {size} pixels, but {path} says w {w}, h {h}, of another shape")
+    fx = focal_length(frame, "x", w)
+    fy = focal_length(frame, "y", h) or fx
+    K = pinhole([fx / w, fy / h, frame.get("cx", w / 2) / w, frame.get("cy", h / 2) / h], path)
     side = size.max()
     pad = (side - size) // 2                                                 # (2,) left and above
-    w = frame.get("w", size[0])                            # the file may be resized, K counts in
-    h = frame.get("h", size[1])                            # pixels as they were
-    fx = frame["fl_x"] if "fl_x" in frame else w / 2 / math.tan(frame["camera_angle_x"] / 2)
-    fy = frame.get("fl_y", fx)
-    K = pinhole([fx / w, fy / h, frame.get("cx", w / 2) / w, frame.get("cy", h / 2) / h], path)
     K = (K * [*size, *size] + [0, 0, *pad]) / side                           # (4,)
     square = ImageOps.expand(image, (*pad, *(side - size - pad)))            # transparent beside it
     m = np.vstack([frame["transform_matrix"], [0, 0, 0, 1]])[:4]             # from (4, 4) or (3, 4)
     c2w = rigid(m, f"{path}: {file}") * [1, -1, -1, 1]                       # (4, 4)
     return c2w, K, on_background(square, background)
+
+
+def named_file(path, name):
+    """The file of that name beside path, with or without its ending."""
+    if any(part[0] in "./" for part in Path(name).parts):      # `load` looks only below it
+        fail(f"{path}: {name} is not below this folder; copy it there")
+    files = [path.parent / (name + end) for end in ("", ".png", ".jpg", ".jpeg")]
+    return next(filter(Path.is_file, files), None) or fail(
+        f"{files[0]}: not there, but {path} names it; copy it again, or remove its frame")
+
+
+def focal_length(frame, axis, side):
+    """In pixels, from fl_x or camera_angle_x (or y), which agree if both are given."""
+    angle = frame.get(f"camera_angle_{axis}")
+    by_angle = angle and side / 2 / math.tan(angle / 2)
+    f = frame.get(f"fl_{axis}", by_angle)
+    if angle and not (angle < math.pi and abs(f - by_angle) <= .01 * f):
+        raise ValueError(f"camera_angle_{axis} is not in radians, or not that of fl_{axis}")
+    return f
 
 
 def read_co3d(folder, split, background):
@@ -285,12 +311,16 @@ def read_co3d(folder, split, background):
 
 
 def co3d_array(path, V, channels):
-    """-> an iterator of V pictures (c, S, S) float32 in [0, 1]."""
+    """Yield V pictures (c, S, S) float32 in [0, 1]."""
     with reading(path, f"an array ({V}, {channels[0]}, S, S); preprocess the sequence again"):
         x = np.load(path, mmap_mode="r")                                     # (V, c, S, S)
         if x.ndim != 4 or len(x) != V or x.shape[1] not in channels or x.shape[2] != x.shape[3]:
             raise ValueError(f"of shape {x.shape}")
-    return (np.float32(y) / (255 if x.dtype == np.uint8 else 1) for y in x)
+    for y in x:
+        y = np.float32(y) / (255 if x.dtype == np.uint8 else 1)              # (c, S, S)
+        if not (-.01 < y.min() and y.max() < 1.01):            # a resized picture overshoots
+            fail(f"{path}: from {y.min():g} to {y.max():g}; save it as uint8, or from 0 to 1")
+        yield y
 
 
 READERS = {   # by the file that only objects of this layout have
@@ -318,9 +348,9 @@ def pinhole(K, path):
     """K (..., 4), fx fy cx cy as fractions of the picture, if a pinhole camera can have it."""
     K = np.array(K, np.float64)
     focal, middle = K[..., :2], K[..., 2:]
-    if not ((0 < focal) & (focal < np.inf) & (0 <= middle) & (middle <= 1)).all():
-        fail(f"{path}: not intrinsics; focal lengths must be positive numbers, and the principal "
-             "point in the picture")
+    if not ((.1 < focal) & (focal < np.inf) & (0 <= middle) & (middle <= 1)).all():
+        fail(f"{path}: a focal length below a tenth of the picture's side, or not finite, or a "
+             "principal point that is not in the picture")
     return K
 
 
@@ -337,10 +367,22 @@ def rigid(m, path, what="a pose"):
 
 def read_rgba(path):
     """Any picture (grey, 16-bit, palette, transparent) -> RGBA image, upright as its EXIF says."""
-    with reading(path, "a readable image"), Image.open(path) as image:
+    # by its open file: Pillow maps a named TIFF into memory, and then turns it wrongly
+    with reading(path, "a readable image"), open(path, "rb") as file, Image.open(file) as image:
+        raw = image.tile[0][3] if image.format == "PNG" else None
+        scale = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 257}.get(raw)
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):                                       # 16-bit grey
-            image = Image.fromarray((np.asarray(image) / 257 + .5).astype(np.uint8))
+        key = image.info.get("transparency")                                 # in the file's units
+        if image.mode[0] in "IF":                                            # Pillow would clip it
+            grey = np.asarray(image)                                         # (h, w)
+            high = 255 if image.mode == "F" else 65535
+            if not 0 <= grey.min() <= grey.max() <= high or high == 255 and grey.max() <= 1:
+                raise ValueError(f"its numbers go from {grey.min()} to {grey.max()}, not to {high}")
+            image = np.stack([255 / high * grey + .5, 255 * (grey != key)], 2)  # (h, w, 2)
+            image = Image.fromarray(image.astype(np.uint8))
+        elif scale and key is not None:
+            key = tuple(round(k * scale) for k in np.atleast_1d(key))
+            image.info["transparency"] = key if len(key) > 1 else key[0]
         return image.convert("RGBA")
 
 
@@ -357,7 +399,7 @@ def resize(pixels, size):
     return np.array(Image.fromarray(pixels).resize((size, size), how))
 
 
-# ---- find a dataset's folders and objects --------------------------------------------------------
+# ---- find a dataset's objects, pack a split into two files ---------------------------------------
 
 def find(root, dataset):
     """-> {split: its folder}. Real cars come before procedural ones. A folder of your own that is
@@ -365,11 +407,12 @@ def find(root, dataset):
     def splits(place):
         return {split: Path(place + split) for split in SPLITS if Path(place + split).is_dir()}
     if dataset in DATASETS:
-        real = f"{root}/{DATASETS[dataset]['place']}"
+        real = f"{root}/srn_{dataset}/{dataset}_"
+        if DATASETS[dataset] is CO3D:
+            real = f"{root}/co3d_{dataset[:-1]}_for_gs/"
         found = splits(real) or splits(f"{root}/{dataset}/{dataset}_")
         if dataset != "cars" and not found:
-            fail(f"no {dataset}: expected {real}{{train,test}}/<object>/; see README.md, \"Reproduce "
-                 "the paper\"")
+            fail(f"no {dataset}: expected {real}{{train,test}}/<object>/; see README.md")
         return found
     own = Path(dataset)
     found = {} if any(layout(own, split) for split in SPLITS) else splits(f"{own}/")
@@ -396,25 +439,34 @@ def list_objects(folder, split, shared):
         train = [item for item in found if item not in test] or test
         found = test if split == "test" else train
     if not found:
-        fail(f"{folder}: no objects in it: {OBJECTS}")
+        fail(f"{folder}: no objects with cameras in it: {CAMERAS}")
     return found
 
-
-# ---- pack a split into two files -----------------------------------------------------------------
 
 def pack(stem, jobs, title, quiet):
     """Write <stem>.u8, the pictures of all objects, and <stem>.npz, all else of `Views`."""
     rows = []
-    with writing(f"{stem}.u8") as file:
+    with writing(f"{stem}.u8") as file, writing(f"{stem}.npz") as beside:
         for pictures, *row in filter(None, parallel(read_packed, jobs, title, quiet)):
             file.write(pictures)
             rows.append(row)
         if not rows:
             fail(f"{title}: no object has finite cameras")
-    c2w, K, names, checks = zip(*rows)
-    with writing(f"{stem}.npz") as file:                       # `load` takes them in this order
-        np.savez(file, c2w=np.concatenate(c2w), K=np.concatenate(K),
+        c2w, K, names, checks = zip(*rows)                     # `load` reads them in this order:
+        np.savez(beside, c2w=np.concatenate(c2w), K=np.concatenate(K),
                  start=np.cumsum([0, *map(len, c2w)]), names=names, checks=checks)      # (O+1,)
+
+
+def read_pack(stem, size):
+    """What `pack` wrote, or None if it is not there or not whole."""
+    try:
+        with np.load(f"{stem}.npz") as file:
+            arrays = [*file.values()]
+        # "c", copy on write: torch wants writable memory, and the file must never change
+        shape = len(arrays[0]), 3, size, size
+        return np.memmap(f"{stem}.u8", np.uint8, "c", shape=shape), *arrays
+    except Exception:                                          # zipfile raises many
+        return None
 
 
 def read_packed(job):
@@ -422,7 +474,7 @@ def read_packed(job):
     not finite."""
     folder, _, size, about = job
     pixels, c2w, K = read_object(*job)                                       # (V, size, size, 3)
-    if np.isfinite(c2w).all() and np.isfinite(K).all():
+    if np.isfinite(c2w).all():
         pictures = pixels.transpose(0, 3, 1, 2).tobytes()                    # V x 3 x size x size
         check = zlib.crc32(pictures, zlib.crc32(c2w.tobytes()))
         if about == OWN and K.shape[1] == 4:      # a copy, in a worker process
@@ -435,7 +487,7 @@ def files_of(path):
     if os.path.isdir(path):
         names = sorted(os.listdir(path))
         return [files_of(os.path.join(path, name)) for name in names if name[0] != "."]
-    info = os.stat(path)
+    info = os.stat(path, follow_symlinks=os.path.exists(path))     # a link may lead nowhere
     return path, info.st_size, info.st_mtime_ns
 
 
@@ -447,13 +499,13 @@ def parallel(function, jobs, title, quiet=False):
         yield from bar(map(function, jobs))
         return
     spawn = multiprocessing.get_context("spawn")               # fork would copy torch's threads
-    pool = ProcessPoolExecutor(min(cores, 32), spawn, signal.signal,
-                               (signal.SIGINT, signal.SIG_IGN))
+    deaf = signal.signal, (signal.SIGINT, signal.SIG_IGN)      # to Ctrl-C, which ends the parent
+    pool = ProcessPoolExecutor(min(cores, 32), spawn, *deaf)
     try:
         yield from bar(pool.map(function, jobs))
     except BrokenProcessPool:
-        fail(f"{title}: a worker process died, see above, or out of memory; a script that calls "
-             'prepare must do so under `if __name__ == "__main__":`')
+        fail(f"{title}: a worker process died, see above, or out of memory; a script must call "
+             'prepare under `if __name__ == "__main__":`')
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -471,18 +523,18 @@ def reading(path, what):
 
 @contextmanager
 def writing(path):
-    """A file to write into, which appears under its name when it is whole, or never. Each process
-    writes a file of its own."""
+    """A file to write, of this process alone, which gets its name when it is whole, or never."""
     path = Path(path)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(part, "wb") as file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as e:
-        fail(f"cannot write {path}: {e.strerror or e}; free some disk space or choose another "
-             "--root (links to datasets will do there)")
+        fail(f"cannot write {path}: {e.strerror or e}; free some space or give another --root")
     finally:
         part.unlink(missing_ok=True)
 
