@@ -53,12 +53,12 @@ DATASETS = {
 }
 OWN = dict(CO3D, near=-0.5, far=0.5, background=ON_WHITE)            # a folder of your own
 EXTENT = 1.27          # world units across a picture at the object's distance, as in SRN's cars
-OBJECTS = "<object>/ with pictures and cameras: transforms.json, or intrinsics.txt, rgb/ and pose/"
+CAMERAS = "transforms.json, or intrinsics.txt with pose/ and rgb/, or CO3D's focal_lengths.npy"
 SPLITS = "train", "val", "test"
 # transforms.json: camera models that are pinholes if no coefficient distorts; fields of nerfstudio
 # and instant-ngp that, if not 0, change rays, poses or colours. The others are used or harmless.
 PINHOLES = "PINHOLE", "SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL", "OPENCV", "FULL_OPENCV"
-REFUSED = re.compile("[kps][1-9]|(distortion|ftheta|rolling_shutter|intrinsic|transform_matrix_).*|"
+REFUSED = re.compile("[kps]\\d*|(distortion|ftheta|rolling_shutter|intrinsic|transform_matrix_).*|"
                      ".*_transparent|mask_color|is_fisheye|latlong|equirectangular|from_na|._fov")
 VERSION = 3            # of the packed files: to be raised when their bytes change
 
@@ -120,7 +120,7 @@ def prepare(dataset, root="data", size=128, n_train=200, n_test=24, seed=0, quie
         cars.generate(Path(root, dataset), limits, seed, partial(parallel, quiet=quiet))
         folders = find(root, dataset)
     if not folders:
-        fail(f"no dataset {dataset}: give one of {', '.join(DATASETS)}, or a folder of {OBJECTS}")
+        fail(f"no dataset {dataset}: give {', '.join(DATASETS)}, or a folder with objects")
     if not quiet:
         said = f" (procedural, seed {seed}, not ShapeNet)" if limits else ""
         print(f"data: {Path(dataset).name} in {min(folders.values()).parent}{said}", flush=True)
@@ -155,7 +155,7 @@ def load(root, dataset, split, size, limit=None, quiet=False):
 def read_object(folder, split, size, about):
     """All views of one object -> pixels (V, size, size, 3) uint8, c2w (V, 4, 4) float64, and
     K (V, 4 or 5) in pixels. about["background"] is the colour behind transparent pictures."""
-    read = layout(folder, split) or read_srn
+    read = layout(folder, split) or fail(f"{folder}: no cameras in it: {CAMERAS}")
     with reading(folder, "an object that can be read"):
         views = [(c2w, K, resize(picture, size))
                  for c2w, K, picture in read(Path(folder), split, about["background"])]
@@ -275,8 +275,8 @@ def focal_length(frame, axis, side):
     angle = frame.get(f"camera_angle_{axis}")
     by_angle = angle and side / 2 / math.tan(angle / 2)
     f = frame.get(f"fl_{axis}", by_angle)
-    if angle and not abs(f - by_angle) <= .01 * f:
-        raise ValueError(f"fl_{axis} and camera_angle_{axis} are of different cameras")
+    if angle and not (angle < math.pi and abs(f - by_angle) <= .01 * f):
+        raise ValueError(f"camera_angle_{axis} is not in radians, or not that of fl_{axis}")
     return f
 
 
@@ -348,8 +348,9 @@ def pinhole(K, path):
     """K (..., 4), fx fy cx cy as fractions of the picture, if a pinhole camera can have it."""
     K = np.array(K, np.float64)
     focal, middle = K[..., :2], K[..., 2:]
-    if not ((0 < focal) & (focal < np.inf) & (0 <= middle) & (middle <= 1)).all():
-        fail(f"{path}: its focal lengths must be positive, its principal point in the picture")
+    if not ((.1 < focal) & (focal < np.inf) & (0 <= middle) & (middle <= 1)).all():
+        fail(f"{path}: a focal length below a tenth of the picture's side, or not finite, or a "
+             "principal point that is not in the picture")
     return K
 
 
@@ -368,14 +369,16 @@ def read_rgba(path):
     """Any picture (grey, 16-bit, palette, transparent) -> RGBA image, upright as its EXIF says."""
     # by its open file: Pillow maps a named TIFF into memory, and then turns it wrongly
     with reading(path, "a readable image"), open(path, "rb") as file, Image.open(file) as image:
-        scale = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 257}.get(str(image.tile[0][3]))
+        raw = image.tile[0][3] if image.format == "PNG" else None
+        scale = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 257}.get(raw)
         image = ImageOps.exif_transpose(image)
         key = image.info.get("transparency")                                 # in the file's units
         if image.mode[0] in "IF":                                            # Pillow would clip it
             grey = np.asarray(image)                                         # (h, w)
-            if image.mode == "F" or not 0 <= grey.min() <= grey.max() < 65536:
-                raise ValueError("its numbers have neither 8 nor 16 bits")
-            image = np.stack([grey / 257 + .5, 255 * (grey != key)], 2)      # (h, w, 2)
+            high = 255 if image.mode == "F" else 65535
+            if not 0 <= grey.min() <= grey.max() <= high or high == 255 and grey.max() <= 1:
+                raise ValueError(f"its numbers go from {grey.min()} to {grey.max()}, not to {high}")
+            image = np.stack([255 / high * grey + .5, 255 * (grey != key)], 2)  # (h, w, 2)
             image = Image.fromarray(image.astype(np.uint8))
         elif scale and key is not None:
             key = tuple(round(k * scale) for k in np.atleast_1d(key))
@@ -436,7 +439,7 @@ def list_objects(folder, split, shared):
         train = [item for item in found if item not in test] or test
         found = test if split == "test" else train
     if not found:
-        fail(f"{folder}: no objects in it; each needs {OBJECTS}")
+        fail(f"{folder}: no objects with cameras in it: {CAMERAS}")
     return found
 
 

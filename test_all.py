@@ -901,6 +901,10 @@ def test_alpha_is_straight_but_in_srn_only_a_mask(tmp_path):
     assert read(Image.fromarray(np.full((2, 3), 257 * 77, np.uint16))) == ([77] * 3, (3, 2))
     assert read(Image.fromarray(np.full((2, 3), 77, np.uint8)), exif=exif) == ([77] * 3, (2, 3))
     assert read(pixel(9, 8, 7).quantize(4)) == ([9, 8, 7], (3, 2))
+    for number, kind in (.5, np.float32), (-1, np.float32), (300, np.float32), (70000, np.int32):
+        Image.fromarray(np.full((2, 3), number, kind)).save(tmp_path / "x.tif")
+        with pytest.raises(SystemExit, match="its numbers go from"):
+            data.read_rgba(tmp_path / "x.tif")
     for key, other in (257 * 77, 257 * 77 + 1), (65535, 257 * 77):             # transparent greys
         deep = Image.fromarray(np.full((2, 3), other, np.uint16))
         assert read(deep, (0, 0, 0), transparency=key) == ([77] * 3, (3, 2))
@@ -913,15 +917,17 @@ def test_alpha_is_straight_but_in_srn_only_a_mask(tmp_path):
 
 @pytest.mark.parametrize("compression", [None, "tiff_lzw"])
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
-def test_a_tiff_is_turned_once(mode, compression, tmp_path):
+def test_a_picture_is_turned_once(mode, compression, tmp_path):
     """Against the turn by hand that each orientation of EXIF asks for."""
     pixels = np.arange(6 * 8 * 4, dtype=np.uint8).reshape(6, 8, 4)
     pixels = np.asarray(Image.fromarray(pixels).convert(mode))
-    for turn, how in (1, lambda x: x), (3, lambda x: x[::-1, ::-1]), (6, lambda x: np.rot90(x, -1)), (
-            8, np.rot90):
-        Image.fromarray(pixels).save(tmp_path / "x.tif", compression=compression, tiffinfo={274: turn})
-        want = Image.fromarray(how(pixels).copy()).convert("RGBA")
-        assert np.array_equal(data.read_rgba(tmp_path / "x.tif"), want), turn
+    for turn, quarters in (1, 0), (3, 2), (6, -1), (8, 1):
+        exif = Image.Exif()
+        exif[0x0112] = turn
+        for name, more in ("x.tif", dict(compression=compression)), ("x.webp", dict(lossless=True)):
+            Image.fromarray(pixels).save(tmp_path / name, exif=exif, exact=True, **more)
+            want = Image.fromarray(np.rot90(pixels, quarters).copy()).convert("RGBA")
+            assert np.array_equal(data.read_rgba(tmp_path / name), want), (name, turn)
 
 
 def png(path, depth, colour, row, key):
@@ -934,10 +940,10 @@ def png(path, depth, colour, row, key):
 
 
 @pytest.mark.parametrize("depth, colour, row, key, grey", [
-    (2, 0, b"\x60", b"\0\x02", 85), (4, 0, b"\x35", b"\0\x05", 51), (8, 0, b"\x33\x55", b"\0\x55", 51),
-    (16, 0, b"\x33\x33\x55\x00", b"\x55\x00", 51),
+    (2, 0, b"\x60", b"\0\x02", 85), (4, 0, b"\x35", b"\0\x05", 51),
+    (8, 0, b"\x33\x55", b"\0\x55", 51), (16, 0, b"\x33\x33\x55\x00", b"\x55\x00", 51),
     (16, 2, b"\x33\x33" * 3 + b"\x55\x20" * 3, b"\x55\x20" * 3, 51)])
-def test_the_transparent_value_of_a_png_is_of_its_own_depth(depth, colour, row, key, grey, tmp_path):
+def test_the_transparent_value_of_a_png_has_its_depth(depth, colour, row, key, grey, tmp_path):
     """Against two pixels: the first is grey, the second has the transparent value."""
     png(tmp_path / "x.png", depth, colour, row, key)
     first, second = np.asarray(data.read_rgba(tmp_path / "x.png"))[0]
@@ -979,6 +985,7 @@ Image.new("RGB", (16, 32)).save(TURNED, "PNG", exif=EXIF)
 
 
 @pytest.mark.parametrize("write, name, how, said", [
+    (write_srn, "intrinsics.txt", None, "a: no cameras"),
     (write_srn, "intrinsics.txt", b"a b c\n", "intrinsics.txt"),
     (write_srn, "intrinsics.txt", b"-1 64 64 0.\n128 128\n", "intrinsics.txt"),
     (write_srn, "intrinsics.txt", b"131 32 64 0.\n128 64\n", "intrinsics.txt"),
@@ -1038,7 +1045,8 @@ ZERO = {key: 0.0 for key in ("k1", "k2", "k3", "k4", "p1", "p2")}
 
 
 @pytest.mark.parametrize("more, K", [
-    (dict(), (80, 80, 32, 32)), (dict(camera=dict(camera_model="OPENCV", **ZERO)), (80, 80, 32, 32)),
+    (dict(), (80, 80, 32, 32)),
+    (dict(camera=dict(camera_model="OPENCV", **ZERO)), (80, 80, 32, 32)),
     (dict(hw=(32, 32)), (80, 80, 32, 32)),                          # resized, w and h are not
     (dict(camera=dict(cy=16, h=32), hw=(32, 64)), (80, 80, 32, 32)),
     (dict(camera=dict(fl_x=None, fl_y=None, camera_angle_x=np.pi / 2, camera_angle_y=np.pi / 2.5)),
@@ -1060,16 +1068,18 @@ def test_fields_of_transforms_are_read_as_documented(more, K, tmp_path):
     (dict(frame=dict(camera_model="FISHEYE624")), "FISHEYE624"),
     (dict(camera=dict(k4=0.2)), "k4"), (dict(frame=dict(k5=1e-3)), "k5"),
     (dict(camera=dict(distortion_params=[0, 0, .1])), "distortion_params"),
-    (dict(frame=dict(is_fisheye=True)), "is_fisheye"), (dict(camera=dict(ftheta_p0=1.)), "ftheta_p0"),
+    (dict(frame=dict(is_fisheye=True)), "is_fisheye"), (dict(camera=dict(ftheta_p0=1.)), "ftheta"),
     (dict(camera=dict(rolling_shutter=[0, 0, 1, 0])), "rolling_shutter"),
     (dict(camera=dict(white_transparent=True)), "white_transparent"),
     (dict(camera=dict(fl_x=math.nan)), "focal"), (dict(frame=dict(fl_y=math.inf)), "focal"),
     (dict(camera=dict(fl_x=-80, fl_y=-80)), "focal"), (dict(frame=dict(cx=65)), "principal"),
     (dict(frame=dict(cy=-1)), "principal"), (dict(frame=dict(w=0, h=0)), "w 0"),
     (dict(camera=dict(camera_angle_x=1.2)), "camera_angle_x"),
+    (dict(camera=dict(fl_x=None, fl_y=None, camera_angle_x=40)), "radians"),
+    (dict(camera=dict(fl_x=1.25, fl_y=1.25)), "focal"),             # of the picture's width
     (dict(hw=(128, 64)), "0.png"), (dict(camera=dict(w=128, h=64), hw=(128, 64)), "0.png"),
     (dict(hw=(63, 64)), "0.png"), (dict(frame=dict(mask_path="no.png")), "no.png: not there"),
-    (dict(frame=dict(transform_matrix=[[1, 0, 0, math.nan], [0, 1, 0, 0], [0, 0, 1, 2]])), "5.png")])
+    (dict(frame=dict(transform_matrix=[[1, 0, 0, math.nan], *np.eye(4)[1:].tolist()])), "5.png")])
 def test_what_is_no_pinhole_is_refused(more, said, tmp_path):
     """Against each field that a pinhole camera cannot have, in all frames or in one."""
     own = write_own(tmp_path / "own", **more)
@@ -1078,7 +1088,8 @@ def test_what_is_no_pinhole_is_refused(more, said, tmp_path):
 
 def test_masks_and_transparency_become_background(tmp_path):
     """Against nerfstudio's rule, black is to be ignored; a pane in front of white."""
-    own = write_own(tmp_path / "own", frame=dict(mask_path="masks/5.png"), pixel=(180, 180, 190, 128))
+    mask = dict(mask_path="masks/5.png")
+    own = write_own(tmp_path / "own", frame=mask, pixel=(180, 180, 190, 128))
     (own / "masks").mkdir()
     mask = np.zeros((64, 64), np.uint8)
     mask[:, 32:] = 1                                                # white, of bits
