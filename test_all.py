@@ -1951,9 +1951,10 @@ def test_a_picture_of_something_else_is_warned_of(tmp_path):
     Image.fromarray(stripes).save(tmp_path / "stripes.png")
     said = script("sample", tmp_path / "stripes.png", HERE / "assets/car.png", "--samples=2",
                   "--frames=2", f"--weights={HERE}/weights/cars.pt", cwd=tmp_path)
-    assert said.count("differ most from 180 degrees") == 2                    # not from 0
+    assert "differ most from 180 degrees" in said.split("out/stripes/")[1]     # not from 0
+    assert 20 < int(re.search(r"car.png: taken to look down by (\d+) degrees", said)[1]) < 34
     warnings = [line for line in said.splitlines() if line.startswith("warning")]
-    assert len(warnings) == 1 and "stripes.png" in warnings[0] and "for held-out cars" in warnings[0]
+    assert len(warnings) == 1 and "stripes.png: its own view comes back at" in warnings[0]
 
 
 def test_sampling_writes_pictures_and_splats_and_repeats_itself(trained, tmp_path):
@@ -2085,10 +2086,12 @@ def box_of(pixels):
                     ) / len(pixels)
 
 
-@pytest.mark.parametrize("ground, turned, k", [
-    ((255, 255, 255), 1, 1), ((120, 160, 120), 6, 1), ((250, 247, 244), 8, 1), (None, 6, 1),
-    (None, 1, 12)])   # of the last only every second pixel is looked at
-def test_a_subject_anywhere_on_any_plain_ground_is_framed_as_in_training(ground, turned, k,
+@pytest.mark.parametrize("ground, turned, k, spoilt", [
+    ((255, 255, 255), 1, 1, ""), ((120, 160, 120), 6, 1, ""), ((250, 247, 244), 8, 1, ""),
+    (None, 6, 1, ""), (None, 1, 12, ""),                              # the last is made smaller
+    *[((120, 160, 120), 1, 1, spoilt) for spoilt in ("pixel", "margin", "corners", "speck")],
+    (None, 1, 1, "speck")])
+def test_a_subject_anywhere_on_any_plain_ground_is_framed_as_in_training(ground, turned, k, spoilt,
                                                                          tmp_path, capsys):
     """Against the framing's target, and against the same subject cut out by hand."""
     rng = np.random.default_rng(0)
@@ -2101,6 +2104,10 @@ def test_a_subject_anywhere_on_any_plain_ground_is_framed_as_in_training(ground,
         grain = (np.array(ground) + noise).clip(0, 255)
         rgba[..., :3] = np.where(shape[..., None], rgba[..., :3], grain)
         rgba[..., 3] = 255
+    away = {"pixel": xx + yy < 1, "margin": (xx < 1) | (yy > 117), "corners": xx + yy < 12}
+    rgba[away.get(spoilt, xx < 0), 3] = 0
+    if spoilt == "speck":
+        rgba[-1, 0] = 0, 0, 255, 255
     image, exif = Image.fromarray(rgba), Image.Exif()
     exif[0x0112] = turned                                                     # as a camera held so
     back = {1: None, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}[turned]
@@ -2161,6 +2168,20 @@ def test_the_turntable_starts_at_the_picture_and_stays_level():
     assert torch.allclose(centre[2, 0], 1.3 * torch.tensor(math.cos(math.radians(25))))
 
 
+@pytest.mark.parametrize("elevation", [5, 20, 35, 55])
+def test_the_elevation_is_told_by_what_is_level(elevation):
+    """Against two boxes on each other, a cabin on a body, seen from a known elevation."""
+    rng = np.random.default_rng(0)
+    sides = [rng.uniform(-1, 1, (4000, 3)) for _ in range(2)]
+    for p in sides:
+        p[np.arange(4000), rng.integers(0, 3, 4000)] = rng.choice([-1, 1], 4000)
+    xyz = np.concatenate([sides[0] * [.45, .08, .2], sides[1] * [.2, .07, .18] - [0, .15, 0]])
+    xyz = torch.from_numpy(xyz + rng.normal(0, .004, xyz.shape)).float()[None]      # (1, 8000, 3)
+    w2c = sample.orbit(0.6, dict(elevation=elevation, distance=1.3))[:, 0]
+    g = Gaussians(xyz, xyz, torch.ones(1, 8000, 4), torch.ones(1, 8000), torch.zeros(1, 8000, 1, 3))
+    assert abs(sample.estimate_elevation(transform(g, w2c), 1.3) - elevation) <= 2
+
+
 def test_the_viewer_gets_every_state_from_noise_to_the_result(tiny, tmp_path, monkeypatch):
     """Against a model of its flags: pure noise first, the result of the .ply last."""
     got = []
@@ -2186,15 +2207,34 @@ def test_several_pictures_have_a_folder_each(tiny, tmp_path, monkeypatch):
     """Against the same bytes as alone; one that fails costs one line and none of the others."""
     pictures(tmp_path)
     monkeypatch.chdir(tmp_path)
-    said = make(monkeypatch, tiny, "grey.png", "gone.png", "photo.jpg")
-    assert len(said) == 1 and "gone.png" in said[0]
+    Path("loop.png").symlink_to("loop.png")
+    os.mkfifo("pipe.png")                                                     # would never end
+    bad = ["gone.png", "loop.png", "pipe.png", "/dev/zero", "ä" * 245, "new\nline.png"]
+    said = make(monkeypatch, tiny, "grey.png", *bad, "photo.jpg")
+    assert len(said) == len(bad)
+    assert all(line.startswith("error: ") and name[:3] in line for line, name in zip(said, bad))
     assert sorted(p.name for p in Path("out").iterdir()) == ["grey", "photo"]
     assert not make(monkeypatch, tiny, "photo.jpg", "--out=alone")
     for path in Path("alone").iterdir():
         assert path.read_bytes() == Path("out/photo", path.name).read_bytes()
+    for place in "loop.png", "pipe.png", "grey.png/out", "ä" * 245:
+        line, = make(monkeypatch, tiny, "photo.jpg", f"--out={place}")
+        assert line.startswith("error: ") and place[:3] in line
     shutil.copy("photo.jpg", "grey.jpg")
     said = make(monkeypatch, tiny, "grey.png", "grey.jpg")
     assert len(said) == 1 and "two pictures of one name" in said[0]
+
+
+def test_ctrl_c_is_one_line(tmp_path):
+    """Against a traceback."""
+    run = subprocess.Popen([sys.executable, HERE / "sample.py", HERE / "assets/car.png"], text=True,
+                           cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                           env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    assert run.stdout.readline().startswith("weights")
+    run.send_signal(signal.SIGINT)
+    said = run.communicate(timeout=60)[1]
+    assert run.returncode == 1 and said.splitlines()[-1].startswith("error: stopped")
+    assert "Traceback" not in said
 
 
 def test_an_input_is_never_written_over(tiny, cars, tmp_path, monkeypatch):
@@ -2500,8 +2540,23 @@ def test_the_viewer_holds_every_step_to_its_precision():
         k = pick(state, keep)
         x = torch.cat([k.xyz[0], k.opacity[0, :, None], k.quat[0], k.scale[0].clamp(min=1e-9).log(),
                        k.sh[0].flatten(1)], 1).mT.double().numpy()            # (23, n)
-        error = np.abs(low + q / 65535 * (high - low) - x)
+        error = np.abs(low + q / 65535 * (high - low) - x.clip(low, high))
         assert (error <= (0.51 / levels) * (high - low) + 1e-6).all()
+
+
+def test_one_wild_splat_costs_the_others_no_precision():
+    """Against the ranges without it; it is kept, where they end."""
+    g = upright_scene(300)
+    plain = sample.quantise([g])
+    g.xyz[0, 30] = torch.tensor([1e6, 0, 0])
+    g.sh[0, 31] = -1e9
+    wild = sample.quantise([g])
+    assert wild["n"] == plain["n"]
+    assert np.subtract(wild["high"], wild["low"]).max() < 3.1 * np.subtract(
+        plain["high"], plain["low"]).max()
+    q = unpacked(f'<script id="scene" type="application/json">{json.dumps(dict(objects=[wild]))}'
+                 "</script>")["objects"][0]["q"][0]                           # (23, n)
+    assert (q[0] == 65535).any() and (q[11] == 0).any()
 
 
 # ---- README --------------------------------------------------------------------------------------
