@@ -140,8 +140,8 @@ def results(path, networks, a):
 # ---- cameras -------------------------------------------------------------------------------------
 # A network's splats live in its source camera's frame. All that leaves this file is in the upright
 # frame instead: the object's middle at the origin, level OpenCV axes (y down, z forward), which is
-# what viewers of .ply files expect. `look` is a dict of distance, elevation in degrees, by which the
-# source camera looks down, focal / side of the picture, and background.
+# what viewers of .ply files expect. `look` is a dict of distance, elevation (degrees by which the
+# source camera looks down), focal / side of the picture, and background.
 
 def estimate_elevation(g, distance):
     """Degrees from 0 to 60 for B samples g of one object in the source camera's frame (ours). What
@@ -448,8 +448,7 @@ def quantise(states):
     if x.size:   # a splat far out must not cost the others their precision: it is clamped
         low, high = np.quantile(x, [0.01, 0.99], (0, 1))
         margin = high - low
-        low = np.maximum(low - margin, x.min((0, 1)))
-        high = np.minimum(high + margin, x.max((0, 1)))
+        low, high = np.clip([low - margin, high + margin], x.min((0, 1)), x.max((0, 1)))
     unit = ((high - low) / 65535).clip(1e-30)                                 # (23,)
     q = ((x - low) / unit).round().clip(0, 65535).astype(int).swapaxes(1, 2)  # (states, 23, n)
     # The last state has 16 bits; the others 8, as differences to the state after them, modulo 256:
