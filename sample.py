@@ -86,18 +86,16 @@ def results(path, networks, a):
     trail = trajectory(denoiser, x[:, 0], guide, a)                           # (B, 24, H, W) each
     g = denoiser.gaussians(trail[-1], K.expand(a.samples, -1))
     found = psnr(renderings(one(g, 0), cam, background, [0]), x[:, :1]).item()     # dB
-    usual = meta.get("source", 0)
-    if found < usual - STRANGE:
-        warn(path, f"its own view comes back at {found:.0f} dB; {usual:.0f} is usual for held-out "
-             f"{meta['dataset']}, with which these weights were trained")
+    if found < meta.get("source", 0) - STRANGE:
+        warn(path, f"its own view comes back at {found:.0f} dB; {meta['source']:.0f} is usual for "
+             f"held-out {meta['dataset']}, which these weights were trained for")
     middle = (denoiser.cfg.near + denoiser.cfg.far) / 2 + K[0, 4:].sum().item()
-    elevation = a.elevation
-    if elevation is None:
-        elevation = estimate_elevation(g, middle)
-        print(f"{path}: taken to look down by {elevation} degrees, an estimate; if the splats are "
-              "tilted, give --elevation")
-    look = dict(distance=middle, elevation=elevation, focal=K[0, 0].item() / size,
+    look = dict(distance=middle, elevation=a.elevation, focal=K[0, 0].item() / size,
                 background=meta["background"])
+    if a.elevation is None:
+        look["elevation"] = estimate_elevation(g, middle)
+        print(f"{path}: taken to look down by {look['elevation']} degrees, an estimate; if the "
+              "splats are tilted, give --elevation")
 
     def place(network, s):
         """Splats of any step -> Gaussians in the upright frame."""
@@ -436,9 +434,8 @@ def to_pixels(x):
 
 def quantise(states):
     """Gaussians of every state of one object, each (1, N, ..) -> dict(n, states, low, high, data)
-    for the page, which says how data is packed. The 23 numbers of a splat are xyz, opacity, quat,
-    log scale, 4 x rgb of SH: each 0..65535, between low and high (23,). Of the N splats n are kept,
-    those that are drawn in some state."""
+    for the page. The 23 numbers of a splat are xyz, opacity, quat, log scale, 4 x rgb of SH: each
+    0..65535, from low to high (23,). The n splats that are drawn in some state are kept."""
     x = torch.stack([torch.cat([g.xyz[0], g.opacity[0, :, None], g.quat[0],
                                 g.scale[0].clamp(min=1e-9).log(), g.sh[0].flatten(1)], 1)
                      for g in states]).cpu()                                  # (states, N, 23)
@@ -510,7 +507,7 @@ def frame(path, image, background):
     elif not len(x):
         fail(f"{path}: there is nothing but background; give a picture of an object")
     else:
-        low, high = np.quantile([x, y], [0.001, 0.999], 1)              # x y: but for specks
+        low, high = np.quantile([x, y], [0.001, 0.999], 1)                    # x y, without specks
         middle = (low + high + 1) / 2
         extent = max(high - low) + 1                                          # pixels
         if min(*low, *image.size - high - 1) < 1:
@@ -591,8 +588,7 @@ def arguments():
         "that guide the samples, if any; default: 64, or 0 if it has fewer views")
     add("--view", action="append", type=Path, default=[],
         help="a further picture of the object that guides the samples; may be repeated")
-    add("--pose", action="append", type=Path, default=[],
-        help="one for each --view; see above")
+    add("--pose", action="append", type=Path, default=[], help="one for each --view; see above")
     add("--weights", type=Path, default=HERE / "weights" / "cars.pt",
         help="a stage_1.pt or stage_2.pt of train.py; default weights/cars.pt")
     add("--out", type=Path, help="default out/<name of the input>")
@@ -633,15 +629,15 @@ def main():
         fail("give a --pose for each --view")
     if len(a.image) > 1 and (a.out or a.view) or a.view and a.image[0].is_dir():
         fail("--out goes with a single input, --view with a single picture")
-    names = [Path(os.path.abspath(path)).stem for path in a.image]
-    if len(set(names)) < len(names):
+    stems = [Path(os.path.abspath(path)).stem for path in a.image]
+    if len(set(stems)) < len(stems):
         fail("two pictures of one name would share a folder; take one after the other")
     a.device = pick_device(a.device)
     warnings.simplefilter("ignore")                       # Pillow's, about odd files
     networks = load_networks(a)
     errors = []
-    for path, name in zip(a.image, names):
-        out = a.out or Path("out", name)
+    for path, stem in zip(a.image, stems):
+        out = a.out or Path("out", stem)
         inputs = [path, *a.view, *a.pose]
         try:
             if not str(path).isprintable():
