@@ -18,6 +18,7 @@ import base64
 import io
 import json
 import math
+import os
 import sys
 import warnings
 import zlib
@@ -83,15 +84,18 @@ def results(path, networks, a):
     K = cam.K[:, 0]                                                           # (1, 4 or 5)
     guide = guidance(denoiser, x, cam, background)
     trail = trajectory(denoiser, x[:, 0], guide, a)                           # (B, 24, H, W) each
-    first = denoiser.gaussians(trail[-1][:1], K)
-    found = psnr(renderings(first, cam, background, [0]), x[:, :1]).item()    # dB
-    usual = meta.get("source", 0)
-    if found < usual - STRANGE:
-        warn(path, f"its own view comes back at {found:.0f} dB; {usual:.0f} is usual for held-out "
-             f"{meta['dataset']}, with which these weights were trained")
+    g = denoiser.gaussians(trail[-1], K.expand(a.samples, -1))
+    found = psnr(renderings(one(g, 0), cam, background, [0]), x[:, :1]).item()     # dB
+    if found < meta.get("source", 0) - STRANGE:
+        warn(path, f"its own view comes back at {found:.0f} dB; {meta['source']:.0f} is usual for "
+             f"held-out {meta['dataset']}, which these weights were trained for")
     middle = (denoiser.cfg.near + denoiser.cfg.far) / 2 + K[0, 4:].sum().item()
     look = dict(distance=middle, elevation=a.elevation, focal=K[0, 0].item() / size,
                 background=meta["background"])
+    if a.elevation is None:
+        look["elevation"] = estimate_elevation(g, middle)
+        print(f"{path}: taken to look down by {look['elevation']} degrees, an estimate; if the "
+              "splats are tilted, give --elevation")
 
     def place(network, s):
         """Splats of any step -> Gaussians in the upright frame."""
@@ -112,7 +116,7 @@ def results(path, networks, a):
     if teacher:
         objects["teacher"] = [place(teacher, teacher(x[:, :1]))]
     look["differ"] = most * 360 / a.frames
-    page = viewer_html(path.resolve().name, encoded([pixels], "PNG"), objects, look)
+    page = viewer_html(Path(os.path.abspath(path)).name, encoded([pixels], "PNG"), objects, look)
     yield "viewer.html", page.encode()
 
     film = []                                                                 # (B, P, P, 3) each
@@ -134,9 +138,22 @@ def results(path, networks, a):
 # ---- cameras -------------------------------------------------------------------------------------
 # A network's splats live in its source camera's frame. All that leaves this file is in the upright
 # frame instead: the object's middle at the origin, level OpenCV axes (y down, z forward), which is
-# what viewers of .ply files expect. One picture does not tell how far its camera looked down:
-# `elevation` does. `look` is a dict of distance, elevation in degrees, focal / side of the picture,
-# and background.
+# what viewers of .ply files expect. `look` is a dict of distance, elevation (degrees by which the
+# source camera looks down), focal / side of the picture, and background.
+
+def estimate_elevation(g, distance):
+    """Degrees from 0 to 60 for B samples g of one object in the source camera's frame (ours). What
+    stands on level ground has level parts, such as roof and sill: seen from the right angle, the
+    heights of its splats fill the fewest of some levels, that is, their entropy is least."""
+    _, y, z = (g.xyz[g.opacity > 0.3] * 96 / distance).T.cpu().numpy()        # (n,) levels
+    entropies = []
+    for angle in np.radians(np.arange(61)):
+        height = y * np.cos(angle) + (z - 96) * np.sin(angle)                 # (n,)
+        count, _ = np.histogram(height, np.arange(-60, 61))                   # (120,)
+        p = count[count > 0] / count.sum()
+        entropies.append(-(p * np.log(p)).sum())
+    return int(np.argmin(entropies))
+
 
 def orbit(angle, look):
     """w2c (1, 1, 4, 4) of a camera around the origin; the source camera stands at angle 0."""
@@ -417,17 +434,20 @@ def to_pixels(x):
 
 def quantise(states):
     """Gaussians of every state of one object, each (1, N, ..) -> dict(n, states, low, high, data)
-    for the page, which says how data is packed. The 23 numbers of a splat are xyz, opacity, quat,
-    log scale, 4 x rgb of SH: each 0..65535, between low and high (23,). Of the N splats n are kept,
-    those that are drawn in some state."""
+    for the page. The 23 numbers of a splat are xyz, opacity, quat, log scale, 4 x rgb of SH: each
+    0..65535, from low to high (23,). The n splats that are drawn in some state are kept."""
     x = torch.stack([torch.cat([g.xyz[0], g.opacity[0, :, None], g.quat[0],
                                 g.scale[0].clamp(min=1e-9).log(), g.sh[0].flatten(1)], 1)
                      for g in states]).cpu()                                  # (states, N, 23)
     drawn = (x[..., 3] >= ALPHA_MIN).any(0) & x.isfinite().all(2).all(0)      # (N,)
-    x = x[:, drawn]                                                           # (states, n, 23)
-    low, high = (x.amin((0, 1)), x.amax((0, 1))) if drawn.any() else torch.zeros(2, 23)
-    unit = ((high - low) / 65535).clamp(min=1e-30)                            # (23,)
-    q = ((x - low) / unit).round().int().clamp(0, 65535).mT.numpy()           # (states, 23, n)
+    x = x[:, drawn].numpy()                                                   # (states, n, 23)
+    low = high = np.zeros(23, np.float32)
+    if x.size:   # a splat far out must not cost the others their precision: it is clamped
+        low, high = np.quantile(x, [0.01, 0.99], (0, 1))
+        margin = high - low
+        low, high = np.clip([low - margin, high + margin], x.min((0, 1)), x.max((0, 1)))
+    unit = ((high - low) / 65535).clip(1e-30)                                 # (23,)
+    q = ((x - low) / unit).round().clip(0, 65535).astype(int).swapaxes(1, 2)  # (states, 23, n)
     # The last state has 16 bits; the others 8, as differences to the state after them, modulo 256:
     # small numbers, so zlib packs them well.
     high_bytes = np.diff(q[::-1] >> 8, axis=0, prepend=0)                     # (states, 23, n)
@@ -464,32 +484,33 @@ def warn(path, text):
 def frame(path, image, background):
     """RGBA image -> a square one, around the subject if that does not lie as in training. Beyond
     the picture it is transparent; so is the ground, unless it is the training background already.
-    The subject is told by alpha, else by distance from the border's colour."""
-    rgba = np.asarray(image)                                                  # (h, w, 4)
-    cover = rgba[..., 3] / 255                                                # (h, w) in [0, 1]
+    The subject is told by alpha if that cuts it out, else by distance from the border's colour."""
+    cover = np.asarray(image)[..., 3] / 255                                   # (h, w) in [0, 1]
     noise = 0
-    if cover.min() > 0.5:
-        edge = np.ones(cover.shape, bool)                                     # (h, w)
+    if (cover > 0.5).mean() > 0.95:   # no cut-out: at most a margin or corners are transparent
+        image = image.crop(Image.fromarray(cover > 0.5).getbbox())
+        opaque = np.asarray(image)[..., 3] > 127                              # (h, w)
+        edge = opaque.copy()
         edge[1:-1, 1:-1] = False
-        rgb = rgba[..., :3].astype(float)                                     # (h, w, 3)
+        rgb = data.on_background(image, background).astype(float)             # (h, w, 3)
         far = abs(rgb - np.median(rgb[edge], 0)).max(2)                       # (h, w) grey levels
         noise = np.quantile(far[edge], 0.9)
-        cover = (far / (8 + 2 * noise) - 1).clip(0, 1)                        # (h, w)
+        cover = (far / (8 + 2 * noise) - 1).clip(0, 1) * opaque               # (h, w)
         if noise <= 24 and (rgb[edge] != np.multiply(background, 255)).any():
-            image.putalpha(Image.fromarray((255 * cover).astype(np.uint8)))
+            image = Image.fromarray(np.dstack([rgb, 255 * cover]).astype(np.uint8))
     side = max(image.size)
     corner = (np.array(image.size) - side) // 2                               # x y, at most 0
-    box = Image.fromarray(cover > 0.5).getbbox()
+    y, x = np.nonzero(cover > 0.5)
     if noise > 24:
         warn(path, "its background has more than one colour; for good splats cut the object out, "
              "on a transparent or plain ground")
-    elif not box:
+    elif not len(x):
         fail(f"{path}: there is nothing but background; give a picture of an object")
     else:
-        low, high = np.reshape(box, (2, 2))                                   # x y each
-        middle = (low + high) / 2
-        extent = max(high - low)                                              # pixels
-        if min(*low, *image.size - high) == 0:
+        low, high = np.quantile([x, y], [0.001, 0.999], 1)                    # x y, without specks
+        middle = (low + high + 1) / 2
+        extent = max(high - low) + 1                                          # pixels
+        if min(*low, *image.size - high - 1) < 1:
             warn(path, "the object is cut off by the picture's edge; in training it never is")
         off = abs((middle - corner) / side - MIDDLE).max()
         if not 0.35 <= extent / side <= 0.80 or off > 0.1:
@@ -549,7 +570,7 @@ NUMBERS = {   # flags: default, least, most, what
     "steps": (0, 0, T - 1, "DDIM steps; 0: as many as in training"),
     "frames": (36, 1, 1000, "of one turn"),
     "size": (192, 1, 2048, "pixels of a rendering"),
-    "elevation": (25.0, -90, 90, "degrees by which the picture looks down on the object"),
+    "elevation": (None, -90.0, 90.0, "degrees by which the picture looks down; None: estimated"),
 }
 
 
@@ -567,14 +588,13 @@ def arguments():
         "that guide the samples, if any; default: 64, or 0 if it has fewer views")
     add("--view", action="append", type=Path, default=[],
         help="a further picture of the object that guides the samples; may be repeated")
-    add("--pose", action="append", type=Path, default=[],
-        help="one for each --view; see above")
+    add("--pose", action="append", type=Path, default=[], help="one for each --view; see above")
     add("--weights", type=Path, default=HERE / "weights" / "cars.pt",
         help="a stage_1.pt or stage_2.pt of train.py; default weights/cars.pt")
     add("--out", type=Path, help="default out/<name of the input>")
     add("--device", default="", help="default: the GPU if there is one")
-    for name, (default, _, _, text) in NUMBERS.items():
-        add(f"--{name}", metavar="X", type=type(default), default=default,
+    for name, (default, least, _, text) in NUMBERS.items():
+        add(f"--{name}", metavar="X", type=type(least), default=default,
             help=f"{text}; default {default}")
     parser.error = fail
     return parser
@@ -600,33 +620,40 @@ def load_networks(a):
 def main():
     a = arguments().parse_args()
     for name, (_, least, most, _) in NUMBERS.items():
-        if not least <= getattr(a, name) <= most:
-            fail(f"--{name} {getattr(a, name)}: give {least} to {most}")
+        value = getattr(a, name)
+        if value is not None and not least <= value <= most:
+            fail(f"--{name} {value}: give {least} to {most}")
     if a.samples * a.size > 16383:
         fail("--samples x --size: more than the 16383 pixels that a .webp can be wide")
     if len(a.view) != len(a.pose):
         fail("give a --pose for each --view")
     if len(a.image) > 1 and (a.out or a.view) or a.view and a.image[0].is_dir():
         fail("--out goes with a single input, --view with a single picture")
-    if len({path.resolve().stem for path in a.image}) < len(a.image):
+    stems = [Path(os.path.abspath(path)).stem for path in a.image]
+    if len(set(stems)) < len(stems):
         fail("two pictures of one name would share a folder; take one after the other")
     a.device = pick_device(a.device)
     warnings.simplefilter("ignore")                       # Pillow's, about odd files
     networks = load_networks(a)
     errors = []
-    for path in a.image:
-        out = a.out or Path("out") / path.resolve().stem
-        inputs = {file.resolve() for file in [path, *a.view, *a.pose]}
+    for path, stem in zip(a.image, stems):
+        out = a.out or Path("out", stem)
+        inputs = [path, *a.view, *a.pose]
         try:
             if not str(path).isprintable():
                 fail(f"{str(path)!r}: cannot be printed; rename it")
+            for file in inputs:
+                if not (file.is_file() or path.is_dir()):     # opening a pipe would wait for ever
+                    fail(f"{file}: no such file, or a pipe or device")
             for name, content in results(path, networks, a):
-                if (out / name).resolve() in inputs:
+                if os.path.realpath(out / name) in map(os.path.realpath, inputs):
                     fail(f"{out / name}: is an input, not written over; choose another --out")
                 write_atomically(out / name, lambda file: file.write(content))
             print(f"{path} -> {out}/", flush=True)
         except SystemExit as stop:                        # bad input: the others are still made
             errors.append(str(stop))
+        except (OSError, ValueError) as e:
+            errors.append(f"error: {path}: {e}")
     if errors:
         raise SystemExit("\n".join(errors))
 
@@ -634,5 +661,7 @@ def main():
 if __name__ == "__main__":
     try:
         main()
+    except KeyboardInterrupt:
+        fail("stopped; the files written so far are whole")
     except OSError as e:
         fail(e)
