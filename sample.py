@@ -24,6 +24,7 @@ import warnings
 import zlib
 from pathlib import Path
 
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")   # threads that wait must not starve the others
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -357,7 +358,7 @@ def score_table(cfg, train_views, views, about):
     return (f"{views.meta['dataset']} ({kind}), {cfg.size}x{cfg.size}, {len(views)} {cfg.split} "
             f"objects, view {' or '.join(sources)} in, {cfg.eval_views or 'all'} others out, "
             f"{cfg.samples} samples, seed {cfg.seed}; PSNR of one, their mean, the best; std where "
-            f"the source hides\n{format_rows(rows)}")
+            f"the source hides; minutes of all stages up to this\n{format_rows(rows)}")
 
 
 def format_rows(rows):
