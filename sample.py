@@ -443,10 +443,14 @@ def quantise(states):
     drawn = (x[..., 3] >= ALPHA_MIN).any(0) & x.isfinite().all(2).all(0)      # (N,)
     x = x[:, drawn].numpy()                                                   # (states, n, 23)
     low = high = np.zeros(23, np.float32)
-    if x.size:   # a splat far out must not cost the others their precision: it is clamped
-        low, high = np.quantile(x, [0.01, 0.99], (0, 1))
-        margin = high - low
-        low, high = np.clip([low - margin, high + margin], x.min((0, 1)), x.max((0, 1)))
+    if x.size:
+        low, high = x.min((0, 1)), x.max((0, 1))
+        # A place or colour far out must not cost the others their precision: it is clamped.
+        wild = [0, 1, 2, *range(11, 23)]
+        usual = np.quantile(x[..., wild], [0.01, 0.99], (0, 1))               # (2, 15)
+        margin = 4 * (usual[1] - usual[0])
+        low[wild] = low[wild].clip(usual[0] - margin)
+        high[wild] = high[wild].clip(max=usual[1] + margin)
     unit = ((high - low) / 65535).clip(1e-30)                                 # (23,)
     q = ((x - low) / unit).round().clip(0, 65535).astype(int).swapaxes(1, 2)  # (states, 23, n)
     # The last state has 16 bits; the others 8, as differences to the state after them, modulo 256:

@@ -486,7 +486,7 @@ def value_of(field, text):
             return tuple(numbers) if type(like) is tuple else numbers[0]
     except Exception:   # of a text that is no Python, or no tuple
         pass
-    fail(f"--{field.name}={text!r}: give {kind.__name__} from {least} to {most}, such as {like}")
+    fail(f"--{field.name}={text}: give {kind.__name__} from {least} to {most}, such as {like}")
 
 
 def parse(argv):
