@@ -380,7 +380,7 @@ def load_checkpoint(path, keys):
     """A dict of tensors and plain values with at least `keys`; never runs code from the file."""
     with reading(path, f"a checkpoint with {', '.join(keys) or 'names'}"):
         if not Path(path).is_file():                  # a pipe would hang
-            raise FileNotFoundError("there is no such file")
+            raise FileNotFoundError("no such file, or not a regular one")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         missing = set(keys) - checkpoint.keys()
         if missing:

@@ -536,7 +536,6 @@ def parse(argv):
 def main():
     cfg = parse(sys.argv[1:])
     out = Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
     join_processes(cfg.device)
     print(f"device: {WORLD} x {device_name(cfg.device)} (python train.py --help lists the flags)\n"
           + shlex.join(f"--{k}={v}" for k, v in asdict(cfg).items()))
@@ -549,6 +548,7 @@ def main():
     for split in {"train", cfg.split}.difference(splits):
         fail(f"{cfg.dataset} in {cfg.root} has no {split} split; unpack it too")
     views, test = [on_device(splits[split], cfg.device) for split in ("train", cfg.split)]
+    out.mkdir(parents=True, exist_ok=True)
     state = resume(cfg, views) | dict(left=cfg.max_steps or -1)
     if cfg.teacher and state["stage"] == state["step"] == 0:
         given, _ = make_networks(cfg, 0, views, None)
