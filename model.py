@@ -9,6 +9,7 @@ splats (x0). It does not give the noise schedule, the space that is noised, or h
 these are our choices, and marked so. The *code* is ours, too: a few numbers that say what the
 picture does not show (teacher.py). No rendering, training or data in here.
 """
+import io
 import math
 import os
 from dataclasses import asdict, dataclass
@@ -353,7 +354,7 @@ def pick_device(name=""):
     """The device of that name; without a name the GPU, if there is one."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=name)
+        torch.zeros(1, device=name).item()
     except Exception:
         fail(f"--device={name}: not usable here; try --device=cpu")
     return name
@@ -363,17 +364,19 @@ def write_atomically(path, write):
     """write(file), then rename that file to `path`, so that a reader never sees half of it."""
     path = Path(path)
     part = path.with_name(f".{path.name}.part")
+    content = io.BytesIO()      # in memory first: torch.save hides that a disk is full
+    write(content)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as f:
-            write(f)
+            f.write(content.getbuffer())
             f.flush()
             os.fsync(f.fileno())
         part.replace(path)
-    except (OSError, RuntimeError) as e:   # of a full disk torch.save makes a RuntimeError
+    except OSError as e:
         if part.exists():
             part.unlink()
-        fail(f"cannot write {path}: {e}; what was there before is untouched")
+        fail(f"cannot write {path}: {e.strerror}; what was there before is untouched")
 
 
 def load_checkpoint(path, keys):

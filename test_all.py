@@ -2001,8 +2001,9 @@ def test_two_processes_time_their_steps_together_and_one_speaks():
     assert rows == ["stage 0", "stage 1", "stage 2"], run.stdout + run.stderr
 
 
-def test_a_killed_writer_never_leaves_half_a_checkpoint(tmp_path):
-    """Against ten SIGKILLs at random moments of a process that does nothing but save."""
+def test_a_killed_writer_and_a_full_disk_never_leave_half_a_checkpoint(tmp_path):
+    """Against ten SIGKILLs at random moments of a process that does nothing but save; then a limit
+    on the size of files, told in the system's words and not in torch's."""
     path, tensor = tmp_path / "resume.pt", torch.arange(200_000)
     write_atomically(path, lambda f: torch.save(dict(x=tensor), f))
     rng = np.random.default_rng(0)
@@ -2015,6 +2016,14 @@ def test_a_killed_writer_never_leaves_half_a_checkpoint(tmp_path):
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         assert torch.equal(load_checkpoint(path, ["x"])["x"], tensor)
+    save = f"model.write_atomically({str(path)!r}, lambda f: torch.save(torch.ones(10**6), f))"
+    full = subprocess.run(["bash", "-c", 'ulimit -f 100; exec "$@"', "_", sys.executable, "-c",
+                           f"import model, torch; {save}"],
+                          cwd=HERE, capture_output=True, text=True)
+    assert full.stderr == (f"error: cannot write {path}: File too large; what was there before is "
+                           "untouched\n")
+    assert [*tmp_path.iterdir()] == [path]
+    assert torch.equal(load_checkpoint(path, ["x"])["x"], tensor)
 
 
 def pictures(folder):
