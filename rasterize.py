@@ -61,6 +61,7 @@ class Camera(NamedTuple):
     hw: tuple          # (H, W) pixels
 
     def views(self, index):
+        """Those views of every object."""
         return Camera(self.w2c[:, index], self.K[:, index], self.hw)
 
     def to(self, *args):

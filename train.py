@@ -238,8 +238,7 @@ def draw_batch(views, cfg, stage, step, mine=slice(RANK, None, WORLD)):
     if cfg.device.startswith("cuda"):                                         # the large one there
         gen = torch.Generator(cfg.device).manual_seed(seed)
     eps = torch.randn(B, S, cfg.size, cfg.size, generator=gen, device=gen.device)
-
-    index = index[mine].to(views.images.device, non_blocking=True)
+    index = index[mine].to(views.images.device, non_blocking=True)            # (B / WORLD, V)
     x, cam = data.gather(views, index)
     batch = x, cam.w2c, cam.K, t[mine], eps[mine]
     return [y.to(cfg.device, non_blocking=True) for y in batch]
@@ -375,7 +374,7 @@ def train_stage(cfg, stage, views, test, state):
                 record |= evaluate_few(ema, test, cfg)
             record |= dict(grad_norm=norm.item(), skipped=float(skipped),
                            steps_per_s=bar.format_dict["rate"])
-            with open(out / "log.jsonl", "a") as file:     # after a kill, some steps are there twice
+            with open(out / "log.jsonl", "a") as file:     # after a kill some steps are there twice
                 file.write(json.dumps(record) + "\n")
         if done % cfg.save_every == 0 or state["left"] == 0:
             save(cfg, views, stage=stage, step=done, minutes=(time.time() - began) / 60,
@@ -400,6 +399,7 @@ def average(tensors):
 
 
 def barrier():
+    """Wait for all processes."""
     if WORLD > 1:
         dist.barrier()
 
@@ -409,7 +409,7 @@ def join_processes(device):
     if WORLD > 1:
         cuda = device.startswith("cuda")
         if cuda:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
@@ -502,6 +502,8 @@ def parse(argv):
                             **bare)
     given = vars(parser.parse_args(argv))
     device = pick_device(given.get("device"))
+    if WORLD > 1 and device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     cuda = device.startswith("cuda")
     sizes = GPU if cuda else {}
     if given.get("paper"):

@@ -45,7 +45,7 @@ def by_optimised_teacher(teacher, views, cfg, steps=100):
     """The teacher's splats, optimised by Adam on the source and the opposite view."""
     def predict(o):
         source, other = sample.opposite_views(views, o)
-        index = torch.stack([source, source, other])
+        index = torch.stack([source, source, other])                          # (3,)
         x, cam, background = sample.scene(views, index, cfg)                  # (1, 3, 3, H, W)
         error = sample.guidance(teacher, x, cam, background)
         raw = teacher(x[:, :1]).requires_grad_()                              # (1, 24, H, W)
