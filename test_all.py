@@ -1534,8 +1534,8 @@ def test_flags_have_the_types_of_config(capsys):
 @pytest.mark.parametrize("flag", [
     "--mult=()", "--mult=(1,2,'a')", "--mult=2", "--mult=(1,0)", "--batch=(-2,2,2)",
     "--batch=(2,2)", "--width=9", "--width=72", "--width=2**70", "--lr=('a','b','c')",
-    "--lr=(1e999,1,1)", "--iters=(1.5,1,1)", "--iters=(True,1,1)", "--seed=12345678901234567890123", "--seed=-1",
-    "--clip=nan", "--ema=2", "--bf16=2", "--steps=0", "--size=", "--told=[]", "--t_known=100"])
+    "--lr=(1e999,1,1)", "--iters=(1.5,1,1)", "--iters=(True,1,1)",
+    "--seed=12345678901234567890123", "--seed=-1", "--clip=nan", "--ema=2", "--bf16=2", "--steps=0", "--size=", "--told=[]", "--t_known=100"])
 def test_flags_out_of_range_get_one_line_that_names_them(flag):
     """Against the table of ranges and the types of the defaults; 9 channels make no groups."""
     with pytest.raises(SystemExit, match=rf"error: .*{flag.split('=')[0]}") as stop:
