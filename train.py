@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from threading import Thread
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")   # threads that wait must not starve the others
 import torch
@@ -40,7 +41,7 @@ import data
 from model import (STEPS, T, T_STAR, WEIGHTINGS, Denoiser, ModelConfig, S, add_noise, denoise,
                    lambda_t, load_checkpoint, load_network, normalise, pick_device, save_network,
                    write_atomically)
-from rasterize import Camera, Captured, fail, invert_pose, reading, render
+from rasterize import Camera, Captured, choose, fail, invert_pose, reading, render
 from sample import evaluate_few, preview, score_table
 from teacher import Teacher, can_be_told, load_teacher, splat_statistics
 
@@ -105,10 +106,11 @@ class Config:
     max_steps: int = 0           # stop and save after so many steps; 0 goes to the end
 
 
-GPU = dict(n_train=2000, n_test=200, size=128, width=64, mult=(1, 2, 2, 2), attn=16, bf16=True,
-           iters=(20000, 5000, 2000), batch=(32, 32, 10), lr=(5e-4, 5e-4, 5e-5), warmup=500,
-           ema=0.999, told=16, t_known=80, steps=STEPS, weighting="noise", w_3dgs=0.1, graph=True,
-           compile=True, eval_views=50, log_every=50, preview_every=500, save_every=500)
+GPU = dict(n_train=2000, n_test=100, size=128, width=32, mult=(1, 2, 4, 4, 4), attn=16, bf16=True,
+           told=16, iters=(20000, 8000, 1000), batch=(32, 32, 16), lr=(1e-3, 5e-4, 5e-5),
+           warmup=200, ema=0.999, w_3dgs=0.1, w_cyc=0.0, weighting="noise", t_known=80,
+           steps=STEPS, graph=True, compile=True, eval_views=11, log_every=100,
+           preview_every=2000, save_every=2000)
 # What the paper says, and where it is silent Splatter Image: its teacher is --width=128 --blocks=4.
 # iters are ours, of stages 1 and 2; those of stage 0 stand in data.DATASETS.
 PAPER = dict(code=0, t_known=T - 1, size=128, width=96, mult=(1, 2, 2, 2), blocks=3, attn=16,
@@ -541,6 +543,8 @@ def main():
     join_processes(cfg.device)
     print(f"device: {WORLD} x {device_name(cfg.device)} (python train.py --help lists the flags)\n"
           + shlex.join(f"--{k}={v}" for k, v in asdict(cfg).items()))
+    # compile the rasterizer while the data is made
+    Thread(target=choose, args=("auto", cfg.device.split(":")[0]), daemon=True).start()
     if RANK > 0:                                                              # 0 makes the data
         barrier()
     splits = data.prepare(cfg.dataset, cfg.root, cfg.size, cfg.n_train, cfg.n_test, cfg.data_seed,
