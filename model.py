@@ -100,7 +100,8 @@ def xavier(layer, gain=1.0):
 
 
 def group_norm(channels):
-    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+    groups = max(n for n in range(1, 33) if channels % n == 0 and n <= channels / 4)
+    return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 class Block(nn.Module):

@@ -18,7 +18,7 @@ from torch import nn
 
 from model import (ModelConfig, UNet, canonical, group_norm, load_checkpoint, load_network,
                    splats_to_gaussians)
-from rasterize import reading, render
+from rasterize import fail, reading, render
 
 
 class Encoder(nn.Module):
@@ -106,6 +106,15 @@ def splat_statistics(batches):
     mean = total / count
     std = (square / count - mean ** 2).clamp(min=1e-6).sqrt()                 # at least 0.001
     return torch.stack([mean, std]).float()
+
+
+def given_teacher(path, size, code, near, far):
+    """The teacher in that file, of this size and any other shape. If `code` is not 0, it can be told
+    a code of so many numbers."""
+    given = load_teacher(path, near, far)
+    if given.cfg.size != size or (code and given.cfg.code not in (0, code)):
+        fail(f"{path}: a {given.cfg}, but these flags need size={size}, code={code}")
+    return can_be_told(given, code) if code and not given.encoder else given
 
 
 def load_teacher(path, near, far):

@@ -42,7 +42,7 @@ from model import (STEPS, T, T_STAR, WEIGHTINGS, Denoiser, ModelConfig, S, add_n
                    write_atomically)
 from rasterize import Camera, Captured, fail, invert_pose, reading, render
 from sample import evaluate_few, preview, score_table
-from teacher import Teacher, can_be_told, load_teacher, splat_statistics
+from teacher import Teacher, given_teacher, splat_statistics
 
 
 @dataclass
@@ -115,11 +115,8 @@ PAPER = dict(code=0, t_known=T - 1, size=128, width=96, mult=(1, 2, 2, 2), block
              warm_start=False, batch=(8, 100, 10), lr=(5e-5, 1e-4, 5e-5), clip=1e9, ema=0.9999,
              warmup=500, w_3dgs=1.0, w_cyc=1.0, weighting="noise", steps=STEPS, eval_views=0,
              checkpoint=True, iters=(100_000, 20_000))
-# Least and most of a flag, or of each of its numbers; of others 0 and 10**9
-LIMITS = dict.fromkeys(("log_every", "preview_every", "save_every", "told", "samples", "n_train",
-                        "n_test", "batch"), (1, 10**6)) | dict(
-    size=(1, 4096), width=(8, 4096), mult=(1, 64), blocks=(1, 100), views=(2, 1000),
-    clip=(1e-9, 1e9), ema=(0, 1), t_star=(0, T - 1), t_known=(0, T - 1), steps=(1, T - 1))
+LEAST = dict(n_train=1, n_test=1, size=1, width=8, mult=1, blocks=1, told=1, batch=1, views=2,
+             steps=1, samples=1, log_every=1, preview_every=1, save_every=1)   # 0 for other flags
 
 RANK = int(os.environ.get("RANK", 0))              # of this process, by torchrun
 WORLD = int(os.environ.get("WORLD_SIZE", 1))       # processes
@@ -136,7 +133,7 @@ def image_loss(x_hat, x):
     return (x_hat - x[:, :x_hat.shape[1]]).square().flatten(1).mean(1)
 
 
-def cycle_loss(predict, x, x_hat, cam, background, render=render):
+def cycle_loss(predict, x, x_hat, cam, background):
     """L_cyc: predict splats from the *rendered* target and look at them from the source. `predict`
     is frozen, but gradients pass through it to the rendered view."""
     g_cyc = predict(x_hat[:, 1].clamp(0, 1), cam.K[:, 1])             # in the target camera's frame
@@ -150,7 +147,7 @@ def total(losses, **weights):
     return dict(loss=sum(weights[k] * x for k, x in losses.items()), **losses)
 
 
-def stage_0(teacher, x, cam, background, t, eps, cfg, render=render):
+def stage_0(teacher, x, cam, background, t, eps, cfg):
     """The teacher: L = || x - R(T(x_src)) ||^2. Half of the batch is told nothing (the paper's
     teacher), the other half is told what the further views show (ours)."""
     half = len(x) // 2
@@ -180,7 +177,7 @@ def noised_teacher(denoiser, teacher, x, cam, background, t, eps, cfg):
     return s_teacher, add_noise(s_teacher, t, eps), code
 
 
-def stage_1(denoiser, teacher, x, cam, background, t, eps, cfg, render=render):
+def stage_1(denoiser, teacher, x, cam, background, t, eps, cfg):
     """Bootstrapping: L = || s - D(s_t) ||^2 + || x - R(D(s_t)) ||^2 + L_cyc through the teacher.
     Ours: + || code - what D reads off s_t ||^2."""
     s_teacher, s_t, code = noised_teacher(denoiser, teacher, x, cam, background, t, eps, cfg)
@@ -190,14 +187,14 @@ def stage_1(denoiser, teacher, x, cam, background, t, eps, cfg, render=render):
     losses = dict(loss_3dgs=F.mse_loss(s_hat, s_teacher), loss_image=image_loss(x_hat, x).mean())
     if cfg.w_cyc:
         frozen = lambda image, K: teacher.gaussians(teacher(image[:, None]), K)
-        losses["loss_cyc"] = cycle_loss(frozen, x, x_hat, cam, background, render)
+        losses["loss_cyc"] = cycle_loss(frozen, x, x_hat, cam, background)
     if cfg.code:
         losses["loss_code"] = F.mse_loss(code_hat.float(), code)
     return total(losses, loss_3dgs=cfg.w_3dgs, loss_image=1, loss_cyc=cfg.w_cyc,
                  loss_code=cfg.w_code)
 
 
-def stage_2(denoiser, teacher, x, cam, background, t, eps, cfg, render=render):
+def stage_2(denoiser, teacher, x, cam, background, t, eps, cfg):
     """Multi-step: L = lambda_t || x - R(D o ... o D(s_t)) ||^2 + L_cyc through the frozen student.
     Gradients flow through every step; the teacher's splats are only the starting point.
 
@@ -218,7 +215,7 @@ def stage_2(denoiser, teacher, x, cam, background, t, eps, cfg, render=render):
         start = eps, torch.full_like(t, T - 1)                      # ours: one step, from noise
         frozen = lambda image, K: denoiser.gaussians(
             functional_call(denoiser, weights, (*start, image)), K)
-        losses["loss_cyc"] = cycle_loss(frozen, x, x_hat, cam, background, render)
+        losses["loss_cyc"] = cycle_loss(frozen, x, x_hat, cam, background)
     return total(losses, loss_3dgs=cfg.w_3dgs_2, loss_image=1, loss_cyc=cfg.w_cyc)
 
 
@@ -252,9 +249,9 @@ def learning_rate(cfg, stage, step):
     return cfg.lr[stage] * ramp * (cosine if cfg.decay_lr else 1)
 
 
-def make_step(cfg, stage, network, teacher, background, render=render):
-    """-> step, optimiser. step(x, w2c, K, t, eps, lr) trains once and waits for nothing; it returns
-    the named losses, the gradient's norm, and 1 if that was no number and nothing was changed."""
+def make_step(cfg, stage, network, teacher, background):
+    """-> step, optimiser. step(x, w2c, K, t, eps, lr) trains once, without waiting for the device,
+    and returns the named losses and the norm of the gradient."""
     stage_loss = (stage_0, stage_1, stage_2)[stage]
     networks = [network, teacher] if stage else [network]
     for net in networks:
@@ -268,15 +265,15 @@ def make_step(cfg, stage, network, teacher, background, render=render):
     def step(x, w2c, K, t, eps, lr):
         cam = Camera(w2c, K, tuple(x.shape[-2:]))
         optimiser.zero_grad()
-        losses = stage_loss(*networks, x, cam, background, t, eps, cfg, render)
+        losses = stage_loss(*networks, x, cam, background, t, eps, cfg)
         losses["loss"].backward()
         losses = {k: v.detach() for k, v in losses.items()}
         average([*losses.values(), *(p.grad for p in params)])                # over processes
         norm = torch.nn.utils.clip_grad_norm_(params, cfg.clip)               # ()
-        optimiser.found_inf = (~norm.isfinite()).float()   # 1: Adam leaves everything as it was
+        optimiser.found_inf = (~norm.isfinite()).float()   # 1: Adam changes nothing
         optimiser.param_groups[0]["lr"].copy_(lr)
         optimiser.step()
-        return losses, norm, optimiser.found_inf
+        return losses, norm
     return (Captured(step) if cfg.graph else step), optimiser
 
 
@@ -288,7 +285,8 @@ def make_networks(cfg, stage, views, background):
     shape = ModelConfig(cfg.size, cfg.width, cfg.mult, cfg.blocks, cfg.attn, *depths, cfg.code)
     torch.manual_seed(cfg.seed)
     if stage == 0 and (cfg.teacher or cfg.init):
-        return given_teacher(cfg, shape), None
+        given = given_teacher(cfg.teacher or cfg.init, cfg.size, cfg.code, *depths)
+        return given.requires_grad_() if cfg.init else given, None            # init: all of it learns
     teacher = None
     if stage > 0:
         path = Path(cfg.out) / "teacher.pt"
@@ -312,25 +310,6 @@ def make_networks(cfg, stage, views, background):
     return network, teacher
 
 
-def given_teacher(cfg, shape):
-    """The network that --teacher or --init names, ready for stage 0; refuses what does not fit."""
-    if cfg.init:
-        if "model_state_dict" in load_checkpoint(cfg.init, []):
-            fail(f"{cfg.init}: Splatter Image's weights; give them as --teacher")
-        given, _ = load_network(cfg.init, Teacher)
-    else:   # of any shape, but
-        given = load_teacher(cfg.teacher, shape.near, shape.far)
-        shape = replace(given.cfg, size=cfg.size, code=cfg.code or given.cfg.code)
-    if given.cfg not in (shape, replace(shape, code=0)):
-        fail(f"{cfg.init or cfg.teacher}: a {given.cfg}, and these flags need a {shape}")
-    if cfg.code and not given.encoder:
-        if not cfg.iters[0]:
-            fail(f"{cfg.teacher} cannot be told anything yet: give stage 0 steps to teach it, or "
-                 "--code=0 for the paper's own recipe")
-        given = can_be_told(given, cfg.code)
-    return given.requires_grad_() if cfg.init else given                      # all of it learns
-
-
 def train_stage(cfg, stage, views, test, state):
     """The loop of one stage, from state["step"] on."""
     out = Path(cfg.out)
@@ -349,15 +328,13 @@ def train_stage(cfg, stage, views, test, state):
             ema.load_state_dict(state["ema"])
             averages = dict(state=state["optimiser"]["state"])                # of gradients
             optimiser.load_state_dict(optimiser.state_dict() | averages)
-    skipped = 0                                            # steps whose gradient was no number
     bar = tqdm(range(state["step"], iters), f"stage {stage}", iters, initial=state["step"],
                unit="step", mininterval=0.5, disable=RANK > 0)
     for step in bar:
         if state["left"] == 0:
             fail("stopped and saved, after --max_steps; the same command goes on")
         lr = torch.full((), learning_rate(cfg, stage, step), device=cfg.device)
-        losses, norm, bad = step_once(*draw_batch(views, cfg, stage, step), lr)
-        skipped = skipped + bad
+        losses, norm = step_once(*draw_batch(views, cfg, stage, step), lr)
         decay = min(cfg.ema, (1 + step) / (10 + step))     # short memory at first
         with torch.no_grad():
             torch._foreach_lerp_([*ema.parameters()], [*network.parameters()], 1 - decay)
@@ -372,8 +349,7 @@ def train_stage(cfg, stage, views, test, state):
             if shown:
                 preview(teacher or ema, ema if stage else None, test, cfg)
                 record |= evaluate_few(ema, test, cfg)
-            record |= dict(grad_norm=norm.item(), skipped=float(skipped),
-                           steps_per_s=bar.format_dict["rate"])
+            record |= dict(grad_norm=norm.item(), steps_per_s=bar.format_dict["rate"])
             with open(out / "log.jsonl", "a") as file:     # after a kill some steps are there twice
                 file.write(json.dumps(record) + "\n")
         if done % cfg.save_every == 0 or state["left"] == 0:
@@ -472,21 +448,21 @@ def resume(cfg, views):
 
 
 def value_of(field, text):
-    """A flag's value in Python's spelling, of the type of its default and within LIMITS."""
+    """A flag's value, in Python's spelling, of the type of its default."""
     like = field.default
     if type(like) is str:
         return text
-    kind = type(like[0] if type(like) is tuple else like)
-    least, most = LIMITS.get(field.name, (0, 10**9))
+    many = type(like) is tuple
+    kind = type(like[0] if many else like)
+    least = LEAST.get(field.name, 0)
     try:
-        value = ast.literal_eval(text)
-        numbers = [kind(x) if (type(x), kind) == (int, float) else x
-                   for x in (value if type(like) is tuple else [value])]
-        if all(type(x) is kind and least <= x <= most for x in numbers) and numbers:
-            return tuple(numbers) if type(like) is tuple else numbers[0]
-    except Exception:   # of a text that is no Python, or no tuple
+        given = ast.literal_eval(text)
+        numbers = tuple(given if many else [given])
+        if numbers and all(kind(x) == x and least <= x < 10**9 for x in numbers):
+            return tuple(map(kind, numbers)) if many else kind(given)
+    except Exception:   # the text is not Python, or not a tuple
         pass
-    fail(f"--{field.name}={text}: give {kind.__name__} from {least} to {most}, such as {like}")
+    fail(f"--{field.name}={text}: give {kind.__name__}, at least {least}, such as {like}")
 
 
 def parse(argv):
@@ -511,27 +487,22 @@ def parse(argv):
         sizes = sizes | PAPER | dict(iters=(row["iters"], *PAPER["iters"]))
     cfg = Config(**sizes | given | dict(device=device))
     cfg.out = cfg.out or f"out/{Path(cfg.dataset).resolve().name}"
+    levels = 2 ** (len(cfg.mult) - 1)
     for wrong, message in [
             (cfg.weighting not in WEIGHTINGS, f"--weighting: give one of {', '.join(WEIGHTINGS)}"),
             ({len(cfg.iters), len(cfg.batch), len(cfg.lr)} != {3},
              "--iters, --batch and --lr have three numbers each, one a stage"),
-            (not (cfg.iters[0] or cfg.teacher),
-             f"--iters={cfg.iters}: without a stage 0, --teacher must name a teacher's file"),
+            (not (cfg.iters[0] or cfg.teacher), "--iters: without stage 0, give a --teacher"),
+            (cfg.init and cfg.teacher, "--init begins stage 0, --teacher replaces it; give one"),
             (any(n % WORLD for n in cfg.batch) or cfg.code and cfg.batch[0] < 2 * WORLD,
              f"--batch={cfg.batch}: give multiples of {WORLD}, the number of processes, and in "
              "stage 0 two or more for each, because half of a batch is told nothing"),
-            (cfg.init and cfg.teacher, "--init begins stage 0, --teacher replaces it; give one"),
-            (cfg.t_star >= cfg.t_known, f"--t_star={cfg.t_star}: give less than --t_known"),
-            (cfg.size % 2 ** (len(cfg.mult) - 1), f"--size={cfg.size}: it must be even on each "
-             f"level of --mult={cfg.mult} but the last"),
+            (not cfg.t_star < cfg.t_known < T, f"give --t_star < --t_known < {T}"),
+            (cfg.width % 2 or cfg.size % levels,
+             f"--width must be even, and --size a multiple of {levels} for that --mult"),
             ((cfg.graph or cfg.compile) and not cuda, "--graph and --compile need a GPU")]:
         if wrong:
             fail(message)
-    try:
-        with torch.device("meta"):                 # only the shapes
-            Denoiser(ModelConfig(cfg.size, cfg.width, cfg.mult, cfg.blocks, cfg.attn))
-    except ValueError as e:                        # of groups of channels
-        fail(f"--width={cfg.width} --mult={cfg.mult}: {e}; powers of 2 will do")
     return cfg
 
 
