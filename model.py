@@ -4,10 +4,10 @@
            network outputs; *normalised* is the space of the diffusion.
     g      the Gaussians that are rendered; `splats_to_gaussians` is the only way from s to g.
 
-The paper gives T = 100, t* = 20, DDIM with 10 steps and, in its equations, prediction of the clean
-splats (x0). It does not give the noise schedule, the space that is noised, or how the image enters:
-these are our choices, and marked so. The *code* is ours, too: a few numbers that say what the
-picture does not show (teacher.py). No rendering, training or data in here.
+The paper gives T = 100, t* = 20, DDIM with 10 steps and prediction of the clean splats (x0). The
+noise schedule, the space that is noised, and how the image enters are our choices. So is the
+*code*, a few numbers that say what the picture does not show (teacher.py). No rendering, training
+or data in here.
 """
 import io
 import math
@@ -41,8 +41,8 @@ S = sum(WIDTHS)                      # 24 channels
 def splats_to_gaussians(raw, K, near, far):
     """Raw splat image (B, 24, H, W) -> Gaussians in the frame of the camera whose pixels it covers.
     Gaussian n = row * W + column has centre ray(pixel) * depth + offset. K (B, 4) fx, fy, cx, cy in
-    pixels; near, far in world units. A fifth column of K is added to both: the depth of the
-    object's middle, which a network cannot know."""
+    pixels; near, far in world units. A fifth column of K, the depth of the object's middle, is
+    added to both."""
     B, _, H, W = raw.shape
     depth, offset, opacity, scale, quat, dc, sh1 = raw.flatten(2).mT.split(WIDTHS, -1)  # (B, N, c)
     fx, fy, cx, cy = K[:, :4, None].unbind(1)                                 # (B, 1)
@@ -65,8 +65,8 @@ def canonical(raw):
 
 
 def normalise(raw, stats):
-    """Raw -> zero mean and unit deviation per channel over the teacher's outputs (our choice: raw
-    channels differ in size by orders of magnitude). stats (2, 24)."""
+    """Raw -> mean 0, deviation 1 per channel over the teacher's outputs (our choice: raw channels
+    differ by orders of magnitude). stats (2, 24)."""
     mean, std = stats[:, None, :, None, None]                                 # (1, 24, 1, 1) each
     return (canonical(raw) - mean) / std
 
@@ -117,9 +117,11 @@ class Block(nn.Module):
         self.conv1 = xavier(nn.Conv2d(c_out, c_out, 3, padding=1), 1e-5)      # starts as a shortcut
         self.skip = xavier(nn.Conv2d(c_in, c_out, 1)) if c_in != c_out or resample else None
         self.affine = xavier(nn.Linear(emb, 2 * c_out), 0.1) if emb else None
-        self.norm2 = group_norm(c_out) if attention else None
-        self.qkv = xavier(nn.Conv2d(c_out, 3 * c_out, 1), 0.2 ** 0.5) if attention else None
-        self.proj = xavier(nn.Conv2d(c_out, c_out, 1), 1e-5) if attention else None
+        self.attention = attention
+        if attention:
+            self.norm2 = group_norm(c_out)
+            self.qkv = xavier(nn.Conv2d(c_out, 3 * c_out, 1), 0.2 ** 0.5)
+            self.proj = xavier(nn.Conv2d(c_out, c_out, 1), 1e-5)
 
     def resized(self, x):
         """(B, C, H, W) -> (B, C, H', W'): means of 2 x 2, each pixel 2 x 2 times, or unchanged."""
@@ -139,7 +141,7 @@ class Block(nn.Module):
         h = self.conv1(F.silu(h))                                             # (B, c_out, H', W')
         x = self.skip(self.resized(x)) if self.skip else x
         x = (x + h) * 0.5 ** 0.5                                              # keeps the variance
-        if self.qkv:
+        if self.attention:
             qkv = self.qkv(self.norm2(x)).unflatten(1, (-1, 3)).flatten(3)    # (B, C, 3, HW)
             q, k, v = qkv.permute(2, 0, 3, 1)                                 # (B, HW, C), one head
             h = F.scaled_dot_product_attention(q, k, v).mT.view_as(x)         # (B, C, H, W)
@@ -149,8 +151,8 @@ class Block(nn.Module):
 
 class UNet(nn.Module):
     """(B, c_in, H, W) -> (B, 24, H, W) raw splats. The denoiser's also depends on the time t (B,).
-    With cfg.code the decoder also depends on a code (B, code). The teacher is given it. The
-    denoiser reads it from its own deepest features, so that all pixels use the same one."""
+    With cfg.code the decoder depends on a code (B, code): the teacher is given it, the denoiser
+    reads it from its deepest features, so that all pixels use the same one."""
 
     def __init__(self, cfg, c_in=3, time=False):
         super().__init__()
@@ -262,11 +264,9 @@ def ddim_step(s_t, s_hat, t, t_next):
 
 def denoise(denoiser, s_t, t, x_src, steps=STEPS, guide=None):
     """Yields the predictions s_hat of `steps` evenly spaced DDIM steps from t (B,) towards 0; the
-    last one is the result: `*_, s_hat = denoise(...)`. Stage 2, the cycle and sample.py all use it,
-    so training and sampling cannot drift apart.
-
-    guide: guide(s_hat) -> (B,) loss that sampling should lower, e.g. the error of the renderings in
-    further views (paper, v1). It leaves no gradient in the network's weights."""
+    last one is the result. Stage 2 and sample.py both use it, so training and sampling cannot drift
+    apart. guide: guide(s_hat) -> (B,) loss that sampling should lower, e.g. the error of the
+    renderings in further views (paper, v1)."""
     for k in range(steps):
         now = t * (steps - k) // steps                                        # (B,) int
         then = t * (steps - k - 1) // steps                                   # (B,) int
@@ -352,7 +352,7 @@ class Denoiser(nn.Module):
 # The idea ends here. Below: devices, and weights on disk.
 
 def pick_device(name=""):
-    """The device of that name; without a name the GPU, if there is one."""
+    """That device, or the GPU if there is one; refuses what cannot be used."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.zeros(1, device=name).item()
@@ -375,8 +375,7 @@ def write_atomically(path, write):
             os.fsync(f.fileno())
         part.replace(path)
     except OSError as e:
-        if part.exists():
-            part.unlink()
+        part.unlink(missing_ok=True)
         fail(f"cannot write {path}: {e.strerror}; what was there before is untouched")
 
 
@@ -396,16 +395,14 @@ def save_network(path, network, meta, half=True):
     """Weights, in half precision, with what is needed to use them. meta: plain values."""
     state = {k: v.half() if half and v.is_floating_point() and k != "stats" else v
              for k, v in network.state_dict().items()}
-    name = type(network).__name__
-    content = dict(network=name, config=asdict(network.cfg), state=state, meta=meta)
+    content = dict(network=type(network).__name__, config=asdict(network.cfg), state=state,
+                   meta=meta)
     write_atomically(path, lambda f: torch.save(content, f))
 
 
 def load_network(path, cls, device="cpu"):
     """-> (network in evaluation mode, meta) of a file that `save_network` wrote."""
-    c = load_checkpoint(path, ("network", "config", "state", "meta"))
-    if c["network"] != cls.__name__:
-        fail(f"{path}: holds a {c['network']}, a {cls.__name__} is needed here")
+    c = load_checkpoint(path, ("config", "state", "meta"))
     with reading(path, f"a {cls.__name__} of this version"):
         network = cls(ModelConfig(**c["config"]))
         network.load_state_dict(c["state"])

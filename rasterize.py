@@ -1,10 +1,9 @@
 """Gaussians and cameras in, images out.
 
-`render(g, cam, background) -> rgb, alpha, depth` is the function for other files: differentiable,
-and batched over B objects x V views. `render_reference` is the *definition* of the image, in plain
-PyTorch and slow: it evaluates every Gaussian at every pixel. The kernels in csrc/ compute the same
-image fast (`python csrc/bench.py` times both). They are compiled on first use; if that fails, the
-reference is used instead. No networks, losses or files in here.
+`render(g, cam, background) -> rgb, alpha, depth` is differentiable, and batched over B objects x
+V views. `render_reference` is the *definition* of the image, in plain PyTorch: it evaluates every
+Gaussian at every pixel. The kernels in csrc/ compute the same image fast. They are compiled on
+first use; if that fails, the reference draws instead. No networks, losses or files in here.
 
 Conventions of the whole repository:
     camera      OpenCV: x right, y down, z forward; pixel i is sampled at i + 0.5
@@ -115,21 +114,11 @@ def matrix_to_quat(R):
     return torch.where(q[..., :1] < 0, -q, q)
 
 
-def quat_multiply(a, b):
-    """Hamilton product of (..., 4) quaternions: the rotation b followed by a."""
-    aw, ax, ay, az = a.unbind(-1)
-    bw, bx, by, bz = b.unbind(-1)
-    return torch.stack([aw * bw - ax * bx - ay * by - az * bz,
-                        aw * bx + ax * bw + ay * bz - az * by,
-                        aw * by - ax * bz + ay * bw + az * bx,
-                        aw * bz + ax * by - ay * bx + az * bw], -1)
-
-
 def transform(g, pose):
     """Move Gaussians by a rigid pose (B, 4, 4): centres, axes and colour by direction alike."""
     R = pose[:, None, :3, :3]                                                 # (B, 1, 3, 3)
     xyz = (R @ g.xyz[..., None])[..., 0] + pose[:, None, :3, 3]               # (B, N, 3)
-    quat = quat_multiply(matrix_to_quat(R), g.quat)                           # (B, N, 4)
+    quat = matrix_to_quat(R @ quat_to_matrix(g.quat))                         # (B, N, 4)
     sh = g.sh
     if sh.shape[2] == 4:   # degree 1 is a vector v . dir with v = (-k3, -k1, k2): it turns with R
         k1, k2, k3 = sh[:, :, 1:].unbind(2)                                   # (B, N, 3) per rgb
@@ -279,20 +268,14 @@ def load_kernels(device):
 
 
 def compile_kernels(name, sources, flags, cuda_flags, folder):
-    """The slow part of `load_kernels`. If one of the usual things is missing, name it."""
+    """The slow part of `load_kernels`. It names what PyTorch's own errors would not."""
     from torch.utils import cpp_extension   # slow to import
     os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")   # ninja of a venv
     compiler = os.environ.get("CXX", "c++").split()[0]
-    header = Path(sysconfig.get_path("include"), "Python.h")
-    nvcc = Path(cpp_extension.CUDA_HOME or "", "bin", "nvcc")
-    for what, found in {
-            f"C++ compiler called {compiler} (CXX can name another)": shutil.which(compiler),
-            "Python.h (the system's package is called python3-dev)": header.exists(),
-            "ninja (pip install ninja)": shutil.which("ninja"),
-            "CUDA compiler nvcc (CUDA_HOME can name the folder of a toolkit, which should be "
-            f"version {torch.version.cuda} as PyTorch's)": nvcc.exists() or not cuda_flags}.items():
-        if not found:
-            raise RuntimeError(f"there is no {what}")
+    if not shutil.which(compiler):
+        raise RuntimeError(f"there is no C++ compiler called {compiler} (CXX can name another)")
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        raise RuntimeError("there is no Python.h (the system's package is called python3-dev)")
     print("rasterize: compiling csrc/ (once, about a minute)", flush=True)
     cpp_extension.load(name, list(map(str, sources)), extra_cflags=flags, extra_ldflags=list(FLAGS),
                        extra_cuda_cflags=cuda_flags, build_directory=str(folder))
@@ -346,10 +329,8 @@ def render(g, cam, background, near=NEAR, backend="auto"):
     near:       world units; only Gaussians with z > near are drawn.
     backend:    "cpu" or "cuda", the kernels; "torch", the reference; "auto", the kernel of g's
                 device, or the reference if it cannot be compiled. Float64 on a GPU: the reference.
-    Differentiable in every field of `g` and in the background. A Gaussian with NaN, Inf or a zero
-    quaternion is not drawn. ValueError: shapes, devices or backend do not fit together.
-    RuntimeError: a kernel asked for by name cannot be compiled. In a CUDA graph nothing waits for
-    the device, if the background is on it. Under torch.compile this call is a graph break."""
+    Differentiable in `g` and in the background. A Gaussian with NaN, Inf or a zero quaternion is
+    not drawn. Nothing waits for the device if the background is on it."""
     if torch.compiler.is_compiling():   # not a decorator, which would import the compiler here
         return torch.compiler.disable(render)(g, cam, background, near, backend)
     device = g.xyz.device
@@ -358,8 +339,8 @@ def render(g, cam, background, near=NEAR, backend="auto"):
     cam = cam._replace(K=cam.K[..., :4])
     inputs = (*g, cam.w2c, cam.K)
     want = [(B, N, 3), (B, N, 3), (B, N, 4), (B, N), (B, N, k, 3), (B, V, 4, 4), (B, V, 4)]
-    fit = [x.shape for x in inputs] == want and {x.device for x in inputs} == {device}
-    if not fit or k not in (1, 4):
+    devices = {x.device for x in inputs}
+    if [x.shape for x in inputs] != want or devices != {device} or k not in (1, 4):
         raise ValueError("Gaussians and cameras do not fit together: " + ", ".join(
             f"{name} {list(x.shape)} on {x.device}"
             for name, x in zip(Gaussians._fields + Camera._fields, inputs)))
@@ -379,30 +360,30 @@ def render(g, cam, background, near=NEAR, backend="auto"):
 # ---- graph capture -------------------------------------------------------------------------------
 
 class Captured:
-    """step(*tensors) -> tensors, as one CUDA graph: a single launch instead of thousands. The first
-    calls run eagerly, because compilers and libraries settle in them; the next one is recorded, and
-    replayed on new inputs from then on. The outputs are overwritten by the next call."""
+    """step(*tensors) -> tensors, as one CUDA graph: a single launch instead of thousands. Three
+    calls run eagerly, because compilers and libraries settle in them. The fourth is recorded, and
+    replayed from then on. Each call overwrites the outputs of the last."""
 
-    def __init__(self, step, first=3):
+    def __init__(self, step):
         self.step = step
-        self.first = first
+        self.calls = 0
         self.graph = None
         self.stream = torch.cuda.Stream()
 
     def __call__(self, *inputs):
-        if self.graph:
-            torch._foreach_copy_(self.inputs, inputs)
-            self.graph.replay()
-            return self.outputs
-        self.first -= 1
-        if self.first >= 0:
+        self.calls += 1
+        if self.calls <= 3:
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):   # the stream that a recording will use, too
                 outputs = self.step(*inputs)
             torch.cuda.current_stream().wait_stream(self.stream)
             return outputs
-        self.inputs = [x.clone() for x in inputs]
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
-            self.outputs = self.step(*self.inputs)
-        return self(*inputs)
+        if not self.graph:
+            self.inputs = [x.clone() for x in inputs]
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=self.stream,
+                                  capture_error_mode="thread_local"):
+                self.outputs = self.step(*self.inputs)
+        torch._foreach_copy_(self.inputs, inputs)
+        self.graph.replay()
+        return self.outputs

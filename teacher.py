@@ -1,8 +1,8 @@
 """The teacher: an image-to-3D model. The student learns to denoise its splats.
 
 It is Splatter Image's network (Szymanowicz et al. 2024): a U-Net without time, one Gaussian per
-pixel, trained by rendering alone (stage 0 of train.py), or with its released weights. Left out: its
-camera embedding and cross-view attention for two input views, dropout, and the LPIPS fine-tuning.
+pixel, trained by rendering alone (stage 0 of train.py), or with its released weights. Left out: two
+input views, dropout, and the LPIPS fine-tuning.
 
 The paper's teacher is deterministic. Its splats say no more than the picture does, so a denoiser
 that is trained on them always samples the same average. *Ours* also accepts further views: it is
@@ -85,8 +85,8 @@ class Teacher(nn.Module):
 
 
 def can_be_told(teacher, code):
-    """A teacher without a code -> one with a code of `code` numbers. With a code of zeros it stays
-    the given teacher to the last bit, because only the layers that read the code are trained."""
+    """A teacher without a code -> one with a code of `code` numbers. Only the layers that make and
+    read the code are trained, so with a code of zeros it stays the given teacher, bit for bit."""
     told = Teacher(replace(teacher.cfg, code=code))
     told.load_state_dict(teacher.state_dict(), strict=False)
     for name, x in told.named_parameters():
@@ -109,19 +109,15 @@ def splat_statistics(batches):
 
 
 def given_teacher(path, size, code, near, far):
-    """The teacher in that file, of this size and any other shape. If `code` is not 0, it can be told
-    a code of so many numbers."""
-    given = load_teacher(path, near, far)
+    """A teacher.pt of train.py, or a checkpoint of Splatter Image -> Teacher, of this size and any
+    other shape. If `code` is not 0, it can be told a code of so many numbers."""
+    if "network" in load_checkpoint(path, []):
+        given, _ = load_network(path, Teacher)
+    else:
+        given = load_splatter_image(path, near, far)
     if given.cfg.size != size or (code and given.cfg.code not in (0, code)):
         fail(f"{path}: a {given.cfg}, but these flags need size={size}, code={code}")
     return can_be_told(given, code) if code and not given.encoder else given
-
-
-def load_teacher(path, near, far):
-    """teacher.pt of train.py, or a checkpoint of Splatter Image -> Teacher."""
-    if "network" in load_checkpoint(path, []):
-        return load_network(path, Teacher)[0]
-    return load_splatter_image(path, near, far)
 
 
 # ---- Splatter Image's released weights -----------------------------------------------------------

@@ -44,7 +44,7 @@ from model import (RHO, T, T_STAR, S, Denoiser, ModelConfig, add_noise, alpha_ba
                    normalise, save_network, signal_noise, splats_to_gaussians, write_atomically)
 from rasterize import (ALPHA_MAX, C0, C1, LOW_PASS, NEAR, Camera, Gaussians, invert_pose,
                        matrix_to_quat, quat_to_matrix, render, transform)
-from teacher import Teacher, can_be_told, load_splatter_image, load_teacher, splat_statistics
+from teacher import Teacher, can_be_told, given_teacher, load_splatter_image, splat_statistics
 from toys import controls
 
 HERE = Path(__file__).resolve().parent
@@ -535,16 +535,12 @@ def test_builds_survive_a_killed_one_and_each_other(tmp_path):
 @pytest.mark.parametrize("device, missing, sentence", [
     ("cpu", "mock.patch.dict('os.environ', CXX='/nonexistent')", "no C++ compiler called /nonex"),
     ("cpu", "mock.patch('rasterize.FLAGS', ['-include', 'no_such_header.h'])", "no_such_header.h"),
-    ("cuda", "mock.patch.multiple('torch.cuda', is_available=lambda: True, "
-     "get_device_capability=lambda: (9, 0)), "
-     "mock.patch('torch.utils.cpp_extension.CUDA_HOME', None)",
-     "no CUDA compiler nvcc (CUDA_HOME can name"),
     ("mps", "mock.patch('shutil.which')", "csrc/ has no kernel for mps"),
-], ids=["compiler", "what the compiler says", "nvcc", "another device"])
+], ids=["compiler", "what the compiler says", "another device"])
 def test_what_is_missing_to_compile_is_named(device, missing, sentence, tmp_path):
     """Against one sentence; "auto" prints it once and draws with the reference."""
     code, env = smallest_csrc(tmp_path)
-    said = run_python(code + f"""import torch.utils.cpp_extension
+    said = run_python(code + f"""
 with {missing}:
     assert rasterize.choose("auto", {device!r}) is rasterize.choose("auto", {device!r}) is None
     rasterize.choose({device!r}, {device!r})""", **env).communicate()[0]
@@ -1384,7 +1380,7 @@ def test_a_teacher_learns_to_be_told_and_told_nothing_stays_the_same_to_the_bit(
     learns = {name for name, p in told.named_parameters() if p.requires_grad}
     assert learns == {name for name in before if name.startswith("encoder.")
                       or name.startswith("unet.dec.") and name.endswith("affine.weight")}
-    cfg = train.Config(code=4, told=3, views=2, device="cpu")
+    cfg = train.Config(size=16, code=4, told=3, views=2, device="cpu")
     step, _ = train.make_step(cfg, 0, told, None, white)
     for k in range(4):
         assert torch.equal(told(x[:, :1]), given(x[:, :1]))
@@ -1533,11 +1529,10 @@ def test_flags_have_the_types_of_config(capsys):
 
 @pytest.mark.parametrize("flag", [
     "--mult=()", "--mult=(1,2,'a')", "--mult=2", "--mult=(1,0)", "--batch=(-2,2,2)",
-    "--batch=(2,2)", "--width=9", "--width=72", "--width=2**70", "--lr=('a','b','c')",
-    "--lr=(1e999,1,1)", "--iters=(1.5,1,1)", "--iters=(True,1,1)",
-    "--seed=12345678901234567890123", "--seed=-1", "--clip=nan", "--ema=2", "--bf16=2", "--steps=0", "--size=", "--told=[]", "--t_known=100"])
+    "--batch=(2,2)", "--width=9", "--width=2**70", "--lr=(1e999,1,1)", "--iters=(1.5,1,1)",
+    "--seed=-1", "--clip=nan", "--bf16=2", "--steps=0", "--size=", "--told=[]", "--t_known=100"])
 def test_flags_out_of_range_get_one_line_that_names_them(flag):
-    """Against the table of ranges and the types of the defaults; 9 channels make no groups."""
+    """Against the least values and the types of the defaults."""
     with pytest.raises(SystemExit, match=rf"error: .*{flag.split('=')[0]}") as stop:
         train.parse(["--device=cpu", flag])
     assert "\n" not in str(stop.value)
@@ -1551,7 +1546,7 @@ def test_flags_out_of_range_get_one_line_that_names_them(flag):
     lambda c: dict(c, state=dict(list(c["state"].items())[1:])),
     lambda c: dict(c, state=torch.ones(1)), lambda c: torch.ones(1), lambda c: [c]])
 @pytest.mark.parametrize("read", [lambda path: load_network(path, Teacher),
-                                  lambda path: load_teacher(path, 0.8, 1.8)])
+                                  lambda path: given_teacher(path, 16, 0, 0.8, 1.8)])
 def test_odd_checkpoints_get_one_line_that_names_the_file(tmp_path, change, read):
     """Against a file of save_network, changed in one thing."""
     path = tmp_path / "teacher.pt"
@@ -1622,7 +1617,7 @@ def test_a_gradient_that_is_no_number_changes_no_weight():
     """Against the weights before, of the network and of Adam; the next step trains again."""
     torch.manual_seed(0)
     network = Teacher(ModelConfig(16, 16, (1, 2), 1, 8))
-    cfg = train.Config(device="cpu", code=0)
+    cfg = train.Config(size=16, device="cpu", code=0)
     step, optimiser = train.make_step(cfg, 0, network, None, torch.ones(3))
     _, cam = benchmark_scene(2, 2, 1, 16)
     x, rest = torch.rand(2, 2, 3, 16, 16), (cam.w2c, cam.K, None, None, torch.tensor(1e-3))
@@ -1633,8 +1628,8 @@ def test_a_gradient_that_is_no_number_changes_no_weight():
     before = state()
     bad = x.clone()
     bad[0, 1, 0, 3, 3] = torch.nan
-    assert step(bad, *rest)[2] == 1 and all(map(torch.equal, before, state()))
-    assert step(x, *rest)[2] == 0 and not any(map(torch.equal, before[:3], state()))
+    assert step(bad, *rest)[1].isnan() and all(map(torch.equal, before, state()))
+    assert step(x, *rest)[1].isfinite() and not any(map(torch.equal, before[:3], state()))
 
 
 # ---- sample.py: how good they are ----------------------------------------------------------------
@@ -1888,7 +1883,7 @@ def test_a_teacher_is_trained_on(trained, cars, tmp_path):
         old, new = (load_network(folder / "teacher.pt", Teacher)[0].state_dict()
                     for folder in (trained[0], tmp_path / str(lr)))
         assert all(torch.equal(old[k], new[k]) for k in old) == same
-    assert "width=8" in script("train", *flags, "--width=16", ok=False).splitlines()[-1]
+    assert "size=16" in script("train", *flags, "--size=32", ok=False).splitlines()[-1]
     assert "code=8" in script("train", *flags, "--code=4", ok=False).splitlines()[-1]
 
 
@@ -1918,7 +1913,7 @@ def test_released_weights_take_the_place_of_stage_0_in_the_papers_recipe(cars, t
     assert {r["stage"] for r in records(tmp_path)} == {1, 2}
     assert load_network(tmp_path / "stage_2.pt", Denoiser)[0].unet.read is None
     said = script("train", *flags, "--size=32", f"--out={tmp_path}/other", ok=False)
-    assert "a ModelConfig(size=16" in said and "need a ModelConfig(size=32" in said
+    assert "a ModelConfig(size=16" in said and "need size=32" in said
 
 
 def test_a_teacher_that_is_given_is_taught_to_be_told(cars, tmp_path):

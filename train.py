@@ -9,8 +9,8 @@
     stage 1   bootstrapping: predict the told teacher's splats from noised ones, and render well
     stage 2   multi-step: unroll the denoiser, render well, and leave the teacher behind
 
-After an interruption the same command goes on, and every number comes out the same. The paper's own
-recipe, a teacher that is told nothing, is --code=0. What the paper does not say is marked *ours*.
+After an interruption the same command continues, bit for bit. The paper's own recipe, a teacher
+that is told nothing, is --code=0. What the paper does not say is marked *ours*.
 """
 import argparse
 import ast
@@ -18,7 +18,6 @@ import inspect
 import json
 import math
 import os
-import shlex
 import subprocess
 import sys
 import time
@@ -87,7 +86,7 @@ class Config:
     t_star: int = T_STAR         # stage 2 starts above this noise level (paper)
     t_known: int = T - 1         # and at most here; ours, if lower: s_t must still tell the code
     steps: int = 5               # DDIM steps unrolled in stage 2 and when sampling; paper: 10
-    # what follows may change when a run goes on
+    # what follows may change when a run continues
     root: str = "data"           # folder of the datasets
     out: str = ""                # results; "" is out/<dataset>
     device: str = ""             # cpu or cuda; "" takes the GPU if there is one
@@ -263,7 +262,7 @@ def make_step(cfg, stage, network, teacher, background):
                                  fused=True, capturable=cfg.device.startswith("cuda"))
 
     def step(x, w2c, K, t, eps, lr):
-        cam = Camera(w2c, K, tuple(x.shape[-2:]))
+        cam = Camera(w2c, K, (cfg.size, cfg.size))
         optimiser.zero_grad()
         losses = stage_loss(*networks, x, cam, background, t, eps, cfg)
         losses["loss"].backward()
@@ -286,12 +285,11 @@ def make_networks(cfg, stage, views, background):
     torch.manual_seed(cfg.seed)
     if stage == 0 and (cfg.teacher or cfg.init):
         given = given_teacher(cfg.teacher or cfg.init, cfg.size, cfg.code, *depths)
-        return given.requires_grad_() if cfg.init else given, None            # init: all of it learns
+        return given.requires_grad_() if cfg.init else given, None            # init: all learns
     teacher = None
     if stage > 0:
-        path = Path(cfg.out) / "teacher.pt"
-        teacher = load_network(path, Teacher, cfg.device)[0].requires_grad_(False)
-        teacher.to(memory_format=torch.channels_last)
+        teacher, _ = load_network(Path(cfg.out) / "teacher.pt", Teacher, cfg.device)
+        teacher.requires_grad_(False).to(memory_format=torch.channels_last)
     if stage == 2:
         return load_network(Path(cfg.out) / "stage_1.pt", Denoiser)[0], teacher
     network = (Denoiser if stage else Teacher)(shape)
@@ -301,7 +299,7 @@ def make_networks(cfg, stage, views, background):
         # of the teacher's splats (B, 24, H, W) in 32 batches, as stage 1 will noise them
         draws = (draw_batch(views, cfg, 0, cfg.iters[0] + i, slice(None)) for i in range(32))
         network.stats.copy_(splat_statistics(
-            teacher(x if cfg.code else x[:, :1], Camera(w2c, K, tuple(x.shape[-2:])), background)
+            teacher(x if cfg.code else x[:, :1], Camera(w2c, K, (cfg.size, cfg.size)), background)
             for x, w2c, K, _, _ in draws))
         if cfg.warm_start and replace(teacher.cfg, code=cfg.code) == shape:
             network.warm_start(teacher.unet)
@@ -329,17 +327,17 @@ def train_stage(cfg, stage, views, test, state):
             averages = dict(state=state["optimiser"]["state"])                # of gradients
             optimiser.load_state_dict(optimiser.state_dict() | averages)
     bar = tqdm(range(state["step"], iters), f"stage {stage}", iters, initial=state["step"],
-               unit="step", mininterval=0.5, disable=RANK > 0)
+               unit="step", disable=RANK > 0)
     for step in bar:
         if state["left"] == 0:
-            fail("stopped and saved, after --max_steps; the same command goes on")
+            fail("stopped and saved, after --max_steps; the same command continues")
         lr = torch.full((), learning_rate(cfg, stage, step), device=cfg.device)
         losses, norm = step_once(*draw_batch(views, cfg, stage, step), lr)
         decay = min(cfg.ema, (1 + step) / (10 + step))     # short memory at first
         with torch.no_grad():
             torch._foreach_lerp_([*ema.parameters()], [*network.parameters()], 1 - decay)
 
-        # -- what waits for the device happens now and then only
+        # -- what waits for the device is done now and then only
         done = step + 1
         state["left"] -= 1
         shown = done % cfg.preview_every == 0 or done == iters
@@ -396,7 +394,7 @@ def compile_network(network):
     from torch._inductor import config as inductor   # late: importing it takes seconds
     inductor.force_layout_optimization = True        # channels last, as cuDNN wants them
     torch._dynamo.config.recompile_limit = 64        # with and without gradients, by use
-    for part in filter(None, (network.unet, getattr(network, "encoder", None))):
+    for part in network.children():                  # the U-Net; of a teacher, its encoder, too
         part.compile(dynamic=False)
 
 
@@ -489,7 +487,7 @@ def parse(argv):
     cfg.out = cfg.out or f"out/{Path(cfg.dataset).resolve().name}"
     levels = 2 ** (len(cfg.mult) - 1)
     for wrong, message in [
-            (cfg.weighting not in WEIGHTINGS, f"--weighting: give one of {', '.join(WEIGHTINGS)}"),
+            (cfg.weighting not in WEIGHTINGS, f"--weighting: give one of {[*WEIGHTINGS]}"),
             ({len(cfg.iters), len(cfg.batch), len(cfg.lr)} != {3},
              "--iters, --batch and --lr have three numbers each, one a stage"),
             (not (cfg.iters[0] or cfg.teacher), "--iters: without stage 0, give a --teacher"),
@@ -510,8 +508,7 @@ def main():
     cfg = parse(sys.argv[1:])
     out = Path(cfg.out)
     join_processes(cfg.device)
-    print(f"device: {WORLD} x {device_name(cfg.device)} (python train.py --help lists the flags)\n"
-          + shlex.join(f"--{k}={v}" for k, v in asdict(cfg).items()))
+    print(f"device: {WORLD} x {device_name(cfg.device)} (--help lists the flags)\n{cfg}")
     if RANK > 0:                                                              # 0 makes the data
         barrier()
     splits = data.prepare(cfg.dataset, cfg.root, cfg.size, cfg.n_train, cfg.n_test, cfg.data_seed,
@@ -530,26 +527,24 @@ def main():
             if RANK == 0:
                 meta = about(cfg, views, stage=0, iters=0, minutes=0.0)
                 save_network(out / "teacher.pt", given, meta, half=False)
+        elif not cfg.iters[0]:
+            fail(f"{cfg.teacher} cannot be told anything yet: give stage 0 steps, or --code=0")
     barrier()                                      # what is read above is written below
     if not cfg.eval_only:
-        print(f"watch {out}/preview.png; after an interruption the same command goes on")
+        print(f"watch {out}/preview.png; after an interruption the same command continues")
     for stage in range(state["stage"], 3):
         if cfg.eval_only or not cfg.iters[stage]:
             break
         train_stage(cfg, stage, views, test, state)
     if RANK == 0:
         print(score_table(cfg, views, test, about(cfg, test)))
-        print(f"{state['minutes']:.1f} minutes of training; {out}/ has preview.png results.json "
-              "scores log.jsonl and the weights")
-        if state["stage"] > 1:
-            weights = f"{out}/{FILES[state['stage'] - 1]}.pt"
-            print("now:", shlex.join(["python", "sample.py", "picture.png", "--weights", weights]))
+        print(f"{state['minutes']:.1f} minutes of training; the weights and the log are in {out}/")
 
 
 if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        fail("stopped; the same command goes on from the last save")
+        fail("stopped; the same command continues from the last save")
     except OSError as e:
         fail(e)
