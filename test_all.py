@@ -5,7 +5,6 @@ tiny, seeds fixed, comparisons elementwise. Tests of CUDA skip where there is no
 samples skip where these are not at hand.
 """
 import base64
-import importlib.util
 import io
 import itertools
 import json
@@ -38,7 +37,7 @@ import rasterize
 import sample
 import toys.cars
 import train
-from csrc.bench import benchmark_scene, gsplat
+from csrc.bench import benchmark_scene, random_views
 from model import (RHO, T, T_STAR, S, Denoiser, ModelConfig, add_noise, alpha_bar, canonical,
                    ddim_step, denoise, denormalise, lambda_t, load_checkpoint, load_network,
                    normalise, save_network, signal_noise, splats_to_gaussians, write_atomically)
@@ -162,24 +161,6 @@ def assert_close_but_for_flips(mine, theirs, tolerance, fraction=1e-4):
 
 # ---- one and a few Gaussians ---------------------------------------------------------------------
 
-BACKGROUNDS = torch.tensor([[[0., 0, 0]], [[1, 1, 1]], [[.1, .7, .3]]]).double()   # (3, 1, rgb)
-
-
-@every_painter
-def test_one_centred_gaussian_is_the_closed_form(painter):
-    """Against alpha = o exp(-r^2 / 2 s2), s2 = (scale f / z)^2 + 0.3, zero below 1/255."""
-    g, cam = one_gaussian()
-    y, x = torch.meshgrid(torch.arange(9.) - 4, torch.arange(9.) - 4, indexing="ij")
-    a = 0.8 * torch.exp(-(x * x + y * y).double() / (2 * ((.1 * 20 / 2) ** 2 + LOW_PASS)))
-    a = torch.where(a >= 1 / 255, a, 0).view(1, 1, 1, 9, 9)
-    colour = (0.5 + C0 * g.sh[0, 0, 0])[:, None, None]
-    assert (a == 0).any()
-    for background in BACKGROUNDS:
-        images, _ = painter(g, cam, background)
-        assert_same(images, [a * colour + (1 - a) * background[0, :, None, None], a, 2 * a],
-                    painter.image)
-
-
 def turned_scene(centres, scale, hw):
     """Gaussians with those x/z, y/z, z, turned every way, before a turned camera with fx != fy."""
     rng = torch.Generator().manual_seed(0)
@@ -246,21 +227,14 @@ def flat(opacity, z=2., rgb=(.9, .5, .2)):
 
 
 @every_painter
-def test_equal_depths_are_drawn_by_index_and_ten_times_alike(painter):
-    """Against the blend in the order of the list, though another one is nearer; and itself."""
+def test_equal_depths_are_drawn_by_index(painter):
+    """Against the blend in the order of the list, though another one is nearer."""
     cam, behind, red, green = flat(0.)[1], *[flat(0.5, z, rgb)[0] for z, rgb in (
         (2.5, (0, 0, 1)), (2, (1, 0, 0)), (2, (0, 1, 0)))]
     for g, expect in ((join(behind, red, green), (.5, .25, .125)),
                       (join(green, red, behind), (.25, .5, .125))):
         rgb = painter(g, cam, torch.zeros(1, 3))[0][0].flatten()
         torch.testing.assert_close(rgb, torch.tensor(expect).double(), rtol=0, atol=1e-6)
-    g, cam = benchmark_scene(1, 1, 200, 16)
-    g.xyz[..., 2], cam.w2c[:] = 1.3, torch.eye(4)
-    images, d = painter(g, cam, torch.ones(1, 3))
-    for _ in range(9):
-        again, d_again = painter(g, cam, torch.ones(1, 3))
-        assert_same(again, images, 0)
-        assert_same(d_again, d, 1e-5 if painter.backend == "cuda" else 0)   # atomics
 
 
 @every_painter
@@ -287,7 +261,7 @@ def test_colour_ends_at_0_but_not_at_1_and_the_background_counts_once(painter):
     """Against o c + (1 - o) bg and dL/do = <c - bg, d>, of a loss that sees colour alone."""
     g, cam = flat(0.6, rgb=(-.5, .5, 1.7))
     colour, d_rgb = (0.5 + C0 * g.sh[0, 0]).clamp(min=0), torch.tensor([[.4, -1., .3]]).double()
-    for bg in BACKGROUNDS:
+    for bg in torch.tensor([[[0., 0, 0]], [[.1, .7, .3]]]).double():          # (1, rgb)
         (rgb, _, _), d = painter(g, cam, bg, d_out=(d_rgb.view(3, 1, 1), 0, 0))
         assert_same([rgb.view(1, 3)], [0.6 * colour + 0.4 * bg], painter.image)
         assert_same([d[3][0], d[4][0, 0], d[5]], [((colour - bg) * d_rgb).sum(1), 0.6 * C0 * d_rgb
@@ -347,16 +321,13 @@ def test_the_kernels_draw_the_reference(painter, case):
 @pytest.mark.parametrize("N, size", [(1025, 40), (4096, (256, 384)), (4097, 64), (16384, 128),
                                      (16385, (128, 160))])
 def test_at_full_size_float32_draws_what_float64_draws(painter, N, size):
-    """Against float64 on the CPU: the few fragments across 1/255 flip both ways."""
+    """Against float64 on the CPU."""
     scene = *benchmark_scene(2, 2, N, size), torch.ones(2, 3)
     images, gradients = cpu64(*scene)
     mine, d_mine = painter(*scene)
     for a, b in zip((*mine, *d_mine), (*images, *gradients)):
         assert_close_but_for_flips(a, b, 1e-4 if a.dim() == 5 else 1e-3, 1e-3)
-    off = mine[1] - images[1]
-    assert off.abs().max() <= 1 / 255 + 1e-4
-    flips = off[off.abs() > 1e-4].sign()
-    assert flips.sum().abs() <= 4 * len(flips) ** 0.5
+    assert (mine[1] - images[1]).abs().max() <= 1 / 255 + 1e-4                # alpha
 
 
 @float_kernels
@@ -414,18 +385,17 @@ def test_the_number_of_threads_changes_no_bit(V):
 def test_inputs_may_be_strided_and_gradients_partial(painter):
     """Against contiguous inputs and all gradients at once; a second derivative is refused."""
     scene = painter.takes(*awkward_scene(B=1))
-    full = [painter(*scene, d_out=[0.25 * (i == j) for i in range(3)]) for j in range(3)]
+    images, gradients = painter(*scene, d_out=[0.25, 0, 0])
     planar = [x.movedim(1, -1).contiguous().movedim(-1, 1) for x in scene[0]] + [scene[2]]
     assert not planar[0].is_contiguous()
     for k in range(6):
         x = [x.detach().requires_grad_(j == k) for j, x in enumerate(planar)]
         out = render(Gaussians(*x[:5]), scene[1], x[5], backend=painter.backend)
-        assert_same([a.detach().double().cpu() for a in out], full[0][0],
+        assert_same([a.detach().double().cpu() for a in out], images,
                     1e-12 if painter is reference else 0)
-        for j in range(3):
-            d, = torch.autograd.grad(0.25 * out[j].sum(), x[k], retain_graph=True)
-            assert_same([d.double().cpu()], [full[j][1][k]],   # atomics, and a needle
-                        painter.gradient / (1 if painter is cuda else 10))
+        d, = torch.autograd.grad(0.25 * out[0].sum(), x[k], retain_graph=True)
+        assert_same([d.double().cpu()], [gradients[k]],            # atomics, and a needle
+                    painter.gradient / (1 if painter is cuda else 10))
     if painter is not reference:
         d, = torch.autograd.grad(out[0].square().sum(), x[5], create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):
@@ -548,19 +518,15 @@ with {missing}:
     assert said.count("drawing with the PyTorch reference, which is slow, because ") == 1, said
 
 
-@pytest.mark.parametrize("field, shape", [("xyz", (1, 4, 4)), ("scale", (1, 3, 3)),
-                                          ("quat", (1, 4, 3)), ("opacity", (1, 4, 1)),
-                                          ("sh", (1, 4, 2, 3)), ("K", (1, 2, 4)),
-                                          ("w2c", (2, 1, 4, 4))])
+@pytest.mark.parametrize("field, shape", [("scale", (1, 3, 3)), ("opacity", (1, 4, 1)),
+                                          ("sh", (1, 4, 2, 3)), ("K", (1, 2, 4))])
 def test_shapes_that_do_not_fit_are_refused_by_name(field, shape):
     """Against the sentence, before any kernel reads beyond a tensor's end; so is a backend."""
     g, cam = benchmark_scene(1, 1, 4, 8)
     with pytest.raises(ValueError, match="'fast': Gaussians on cpu need auto, cpu or"):
         render(g, cam, (1., 1., 1.), backend="fast")
-    if field in g._fields:
-        g = g._replace(**{field: torch.ones(shape)})
-    else:
-        cam = cam._replace(**{field: torch.ones(shape)})
+    g, cam = [x._replace(**{field: torch.ones(shape)}) if field in x._fields else x
+              for x in (g, cam)]
     with pytest.raises(ValueError, match=rf"do not fit together.*{field} \[{shape[0]}, {shape[1]}"):
         render(g, cam, (1., 1., 1.))
 
@@ -590,24 +556,6 @@ def test_a_captured_call_replays_with_new_numbers_and_nothing_waits_for_the_devi
         assert_same(mine[:3], expect[:3], 0)
         for a, b in zip(mine[3:], expect[3:]):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item())
-
-
-@needs_cuda
-@pytest.mark.skipif(not importlib.util.find_spec("gsplat"), reason="gsplat is not installed")
-@pytest.mark.parametrize("B, V, N, size", [(4, 4, 16384, 128), (1, 3, 196608, (256, 384))])
-def test_gsplat_draws_the_same_image(B, V, N, size):
-    """Against gsplat: rgb and alpha, then every gradient, where the conventions are the same."""
-    g, cam = benchmark_scene(B, V, N, size, "cuda")
-    g = g._replace(sh=g.sh[:, :, :1].clone(), opacity=g.opacity.clamp(max=0.98))   # see bench.py
-    background = torch.ones(B, 3, device="cuda")
-    leaves = [x.requires_grad_() for x in g]
-    out = render(Gaussians(*leaves), cam, background)[:2]
-    peer = gsplat(Gaussians(*leaves), cam, background, 16)[:2]
-    d_out = [torch.rand_like(x) for x in out]
-    for a, b in zip(out, peer):
-        assert_close_but_for_flips(a.detach(), b.detach(), 1e-4)
-    for a, b in zip(*[torch.autograd.grad(x, leaves, d_out) for x in (out, peer)]):
-        assert_close_but_for_flips(a, b, 1e-3)
 
 
 # ---- data.py -------------------------------------------------------------------------------------
@@ -1218,17 +1166,6 @@ def test_denoise_recovers_an_oracle_exactly(steps):
     assert torch.equal(levels[0], t) and (torch.stack(levels).diff(dim=0) <= 0).all()
 
 
-def test_a_splat_without_offset_projects_to_the_centre_of_its_pixel():
-    """Against the pixel grid, for an off-centre camera with fx != fy."""
-    raw, K = random_splats(), torch.tensor([[20., 25., 7., 9.]]).expand(2, 4)
-    raw[:, 1:4] = 0
-    x, y, z = splats_to_gaussians(raw, K, 0.8, 1.8).xyz.unbind(-1)            # (2, 256)
-    column, row = torch.arange(256) % 16, torch.arange(256) // 16
-    assert torch.allclose(20 * x / z + 7, column + 0.5, atol=1e-4)
-    assert torch.allclose(25 * y / z + 9, row + 0.5, atol=1e-4)
-    assert (z > 0.8).all() and (z < 1.8).all()
-
-
 def test_statistics_make_the_teachers_splats_standard_and_normalise_is_invertible():
     """Against zero mean and unit deviation per channel, and the splats before."""
     torch.manual_seed(0)
@@ -1276,11 +1213,6 @@ def test_a_warm_start_is_the_teacher_told_nothing_whatever_the_noise(theirs, min
         assert not torch.allclose(want, teacher(x[:, None]))
 
 
-def guide_to_1(s_hat):
-    """Splats should be 1."""
-    return (s_hat - 1).square().mean((1, 2, 3))                               # (B,)
-
-
 def test_guidance_pulls_every_step_but_the_last_down_its_slope_through_the_denoiser():
     """Against the closed form for D(s_t) = c s_t with c < 0, where the slope by s_t has another
     sign than the slope by s_hat; without a guide the steps are DDIM's, to the bit."""
@@ -1289,7 +1221,7 @@ def test_guidance_pulls_every_step_but_the_last_down_its_slope_through_the_denoi
     def oracle(s_t, now, x_src):
         seen.append(s_t.detach())
         return c * s_t
-    for guide in (None, guide_to_1):
+    for guide in (None, lambda s_hat: (s_hat - 1).square().mean((1, 2, 3))):
         seen.clear()
         steps = list(denoise(oracle, x, t, None, 3, guide))
         s_t = x
@@ -1302,13 +1234,6 @@ def test_guidance_pulls_every_step_but_the_last_down_its_slope_through_the_denoi
                 slope = c * (c * seen[k] - 1)                                 # but for its size
                 slope = slope / slope.square().mean((1, 2, 3), keepdim=True).sqrt()
                 s_t = s_t - RHO * signal_noise(then)[1] * slope
-    torch.manual_seed(0)   # it reaches no weight, and needs no gradients around it
-    denoiser, x_src = Denoiser(TINY), torch.rand(2, 3, 16, 16)
-    a = denoiser.sample(x_src, random_splats(), 3, guide_to_1)
-    with torch.no_grad():
-        b = denoiser.sample(x_src, random_splats(), 3, guide_to_1)
-    assert torch.equal(a, b) and all(p.grad is None for p in denoiser.parameters())
-    assert not torch.equal(b, denoiser.sample(x_src, random_splats(), 3))
 
 
 def released(unet, path):
@@ -1359,9 +1284,7 @@ def test_released_weights_are_read_and_what_does_not_fit_is_named(tmp_path):
     del state["network_with_offset.encoder.dec.8x8_in0.norm2.weight"]
     named = r'Missing.*"dec.8x8_in0.norm2.weight".*Unexpected.*"new".*mismatch for out.bias.*21.*24'
     for flawed, said in [(dict(model_state_dict=state), named),
-                         (dict(model_state_dict={"a": torch.ones(1)}), "not Splatter Image"),
                          (dict(state=state), "KeyError 'model_state_dict'"),
-                         (torch.ones(3), "not a checkpoint"),
                          (dict(model_state_dict=torch.ones(3)), "not Splatter Image")]:
         torch.save(flawed, path)
         with pytest.raises(SystemExit, match=said) as stop:
@@ -1393,20 +1316,17 @@ def test_a_teacher_learns_to_be_told_and_told_nothing_stays_the_same_to_the_bit(
 
 
 def test_the_code_follows_what_the_further_views_show():
-    """Against 0 without further views, other views, and another order; splats follow it."""
+    """Against 0 without further views, and the codes of other views and of another order."""
     torch.manual_seed(0)
     teacher, (x, cam, white) = Teacher(TOLD), scene_batch(views=4)
     shake(teacher)
     x, y = [nearly_right(teacher, x, cam, white, seed) for seed in (0, 1)]
     order = [0, 3, 1, 2]
-    moved = Camera(cam.w2c[:, order], cam.K[:, order], cam.hw)
-    with torch.no_grad():
-        nothing = teacher.code(x[:, :1], cam, white)
-        a, b, c = [teacher.code(*z, white) for z in ((x, cam), (y, cam), (x[:, order], moved))]
-        splats = [teacher(x[:, :1]), teacher(x, cam, white), teacher(y, cam, white)]
-    assert torch.equal(nothing, torch.zeros(2, 4)) and torch.allclose(a, c, atol=1e-4)
-    assert all(code.shape == (2, 4) and 0.01 < code.abs().max() <= 1 for code in (a, b))
-    assert (a - b).abs().amax(1).min() > 0.01
+    assert torch.equal(teacher.code(x[:, :1], cam, white), torch.zeros(2, 4))
+    a, b, c = [teacher.code(*z, white)
+               for z in ((x, cam), (y, cam), (x[:, order], cam.views(order)))]
+    assert torch.allclose(a, c, atol=1e-4) and (a - b).abs().amax(1).min() > 0.01
+    splats = [teacher(z, cam, white) for z in (x[:, :1], x, y)]
     for p, q in itertools.combinations(splats, 2):
         assert (p - q).abs().amax((1, 2, 3)).min() > 1e-3
 
@@ -1539,12 +1459,10 @@ def test_flags_out_of_range_get_one_line_that_names_them(flag):
 
 
 @pytest.mark.parametrize("change", [
-    lambda c: {k.replace("state", "_orig_mod.state"): x for k, x in c.items()},
     lambda c: dict(c, state={f"_orig_mod.{k}": x for k, x in c["state"].items()}),
     lambda c: dict(c, config=dict(c["config"], flavour=1)),
     lambda c: dict(c, config=dict(c["config"], mult=3)),
-    lambda c: dict(c, state=dict(list(c["state"].items())[1:])),
-    lambda c: dict(c, state=torch.ones(1)), lambda c: torch.ones(1), lambda c: [c]])
+    lambda c: dict(c, state=torch.ones(1)), lambda c: torch.ones(1)])
 @pytest.mark.parametrize("read", [lambda path: load_network(path, Teacher),
                                   lambda path: given_teacher(path, 16, 0, 0.8, 1.8)])
 def test_odd_checkpoints_get_one_line_that_names_the_file(tmp_path, change, read):
@@ -1559,7 +1477,7 @@ def test_odd_checkpoints_get_one_line_that_names_the_file(tmp_path, change, read
 
 
 def test_the_state_of_another_kind_of_run_is_refused(trained, cars, tmp_path):
-    """Against resume.pt without the network, of other shapes, of plain tensors; the file stays."""
+    """Against resume.pt without the network, of other shapes, of plain tensors."""
     args = *SMALL, f"--root={cars}", f"--out={tmp_path}"
     script("train", *args, "--max_steps=2", ok=False)
     path = tmp_path / "resume.pt"
@@ -1567,25 +1485,19 @@ def test_the_state_of_another_kind_of_run_is_refused(trained, cars, tmp_path):
     for change in ({"network": None}, {"network": {"a": torch.ones(1)}}, {"about": torch.ones(2)},
                    {"optimiser": {}}):
         torch.save(state | change, path)
-        before = path.read_bytes()
         said = script("train", *args, ok=False)
         assert f"error: {path}: not " in said and "Traceback" not in said
-        assert path.read_bytes() == before
 
 
 def small_step(device, stages=(0, 1, 2), count=20, **flags):
     """-> losses of `count` steps of these stages on random images, by make_step."""
-    given = dict(size=16, width=16, mult=(1, 2), attn=8, batch=(4, 4, 2), views=2, told=1, steps=3,
-                 device=device, **flags)
-    cfg = train.Config(**given)
+    cfg = train.Config(size=16, mult=(1, 2), batch=(4, 4, 2), views=2, told=1, steps=3,
+                       device=device, **flags)
     shape = ModelConfig(16, 16, (1, 2), 1, 8, code=cfg.code)
-    g, cam = benchmark_scene(4, 2, 1, 16)
-    images = torch.randint(256, (8, 3, 16, 16), generator=torch.Generator().manual_seed(0))
-    views = data.Views(images.byte(), invert_pose(cam.w2c).flatten(0, 1), cam.K.flatten(0, 1),
-                       torch.arange(5) * 2, [""] * 4, dict(size=16)).to(device)
     losses = []
     for stage in stages:
         torch.manual_seed(0)
+        views = random_views(cfg)
         network = (Denoiser if stage else Teacher)(shape).to(device)
         teacher = Teacher(shape).to(device).requires_grad_(False)
         step, _ = train.make_step(cfg, stage, network, teacher, torch.ones(3, device=device))
