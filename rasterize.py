@@ -190,7 +190,7 @@ def blend(pixel, xy, cov, det, z, opacity, rgb, background):
     return weight.mT @ seen + trans[-1][:, None] * back                       # (P, 5)
 
 
-def render_reference(g, cam, background, near=NEAR, chunk=1 << 20):
+def render_reference(g, cam, background, chunk=1 << 20):
     """The definition of `render`, same arguments. Memory is bounded by `chunk` Gaussian-pixel
     pairs, because every chunk of pixels is computed again in the backward pass."""
     B, V = cam.w2c.shape[:2]
@@ -200,7 +200,7 @@ def render_reference(g, cam, background, near=NEAR, chunk=1 << 20):
         s = project(g, cam)
         total = (s.xy.sum(-1) + s.cov.sum(-1) + g.sh.sum((-1, -2)) + s.rgb.sum(-1)
                  + s.det + s.z + s.opacity)                                   # (B, V, N)
-        ok = (total.isfinite() & (s.z > near) & (s.det > 0) & (s.opacity >= ALPHA_MIN)
+        ok = (total.isfinite() & (s.z > NEAR) & (s.det > 0) & (s.opacity >= ALPHA_MIN)
               & (g.quat.square().sum(-1) >= 1e-8))                            # (B, V, N)
     # A culled Gaussian is replaced by a harmless one *before* the differentiable pass: so its NaN
     # cannot reach a gradient (0 x NaN = NaN), and its own gradients are exactly 0.
@@ -260,7 +260,6 @@ def load_kernels(device):
     with open(folder / "flock", "w") as lock:   # the system releases it when a process is killed
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "done").exists():
-            (folder / "lock").unlink(missing_ok=True)   # torch's own, left by a killed build
             compile_kernels(name, sources, flags, cuda_flags, folder)
             (folder / "done").touch()
     sys.path.append(str(folder))
@@ -277,17 +276,18 @@ def compile_kernels(name, sources, flags, cuda_flags, folder):
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         raise RuntimeError("there is no Python.h (the system's package is called python3-dev)")
     print("rasterize: compiling csrc/ (once, about a minute)", flush=True)
+    (folder / "lock").unlink(missing_ok=True)   # torch's own, left by a killed build
     cpp_extension.load(name, list(map(str, sources)), extra_cflags=flags, extra_ldflags=list(FLAGS),
                        extra_cuda_cflags=cuda_flags, build_directory=str(folder))
 
 
 class Rasterize(torch.autograd.Function):
-    """The kernel as one differentiable function of g and the background."""
+    """The kernel as one differentiable function of g."""
 
     @staticmethod
-    def forward(ctx, module, hw, near, *inputs):
+    def forward(ctx, module, hw, *inputs):
         w2c, K, background, *g = inputs = [x.contiguous() for x in inputs]
-        out = module.forward(g, background, w2c, K, *hw, near)
+        out = module.forward(g, background, w2c, K, *hw, NEAR)
         ctx.module = module
         ctx.set_materialize_grads(False)   # no zeros for what the loss does not use
         ctx.save_for_backward(*inputs, *out)
@@ -297,12 +297,9 @@ class Rasterize(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *d_out):
         w2c, K, background, *rest = ctx.saved_tensors                         # then 5 of g, out
-        d_background = torch.zeros_like(background) if ctx.needs_input_grad[5] else None
-        if ctx.needs_input_grad[5] and d_out[0] is not None:   # (1 - alpha) of it reach the camera
-            d_background = ((1 - rest[6]) * d_out[0]).sum((1, 3, 4))          # (B, 3)
         d_out = [w2c.new_empty(0) if x is None else x.contiguous() for x in d_out]
         d_g = ctx.module.backward(rest[:5], background, w2c, K, rest[5:], d_out)
-        return None, None, None, None, None, d_background, *d_g
+        return None, None, None, None, None, *d_g
 
 
 # ---- the one function for other files ------------------------------------------------------------
@@ -316,23 +313,20 @@ def choose(backend, device):
         return None if backend == "torch" else load_kernels(device)
     except Exception as e:   # any failure at all: the reference still works
         if backend == device:
-            raise RuntimeError(f"the {device} backend cannot be built: {e}") from None
+            raise
         print("rasterize: drawing with the PyTorch reference, which is slow, because "
               f"{str(e).splitlines()[0]}", flush=True)
 
 
-def render(g, cam, background, near=NEAR, backend="auto"):
+def render(g, cam, background, backend="auto"):
     """Images of Gaussians `g` from cameras `cam`: rgb (B, V, 3, H, W), not clamped; alpha
     (B, V, 1, H, W) in [0, 1); depth (B, V, 1, H, W) = sum of weight x z, not divided by alpha.
 
     background: colour behind everything, (3,) or one per object (B, 3).
-    near:       world units; only Gaussians with z > near are drawn.
     backend:    "cpu" or "cuda", the kernels; "torch", the reference; "auto", the kernel of g's
-                device, or the reference if it cannot be compiled. Float64 on a GPU: the reference.
-    Differentiable in `g` and in the background. A Gaussian with NaN, Inf or a zero quaternion is
-    not drawn. Nothing waits for the device if the background is on it."""
-    if torch.compiler.is_compiling():   # not a decorator, which would import the compiler here
-        return torch.compiler.disable(render)(g, cam, background, near, backend)
+                device (float32 on a GPU), or the reference if it cannot be compiled.
+    Differentiable in all of `g`. A Gaussian with NaN, Inf or a zero quaternion, or nearer than
+    NEAR, is not drawn. Nothing waits for the device if the background is on it."""
     device = g.xyz.device
     B, V = cam.w2c.shape[:2]
     N, k = g.sh.shape[1:3]
@@ -341,20 +335,16 @@ def render(g, cam, background, near=NEAR, backend="auto"):
     want = [(B, N, 3), (B, N, 3), (B, N, 4), (B, N), (B, N, k, 3), (B, V, 4, 4), (B, V, 4)]
     devices = {x.device for x in inputs}
     if [x.shape for x in inputs] != want or devices != {device} or k not in (1, 4):
-        raise ValueError("Gaussians and cameras do not fit together: " + ", ".join(
-            f"{name} {list(x.shape)} on {x.device}"
-            for name, x in zip(Gaussians._fields + Camera._fields, inputs)))
+        raise ValueError("Gaussians and cameras do not fit together: "
+                         f"{[list(x.shape) for x in inputs]} on {devices}")
     dtype = torch.float64 if g.xyz.dtype == torch.float64 else torch.float32   # never half
-    if device.type == "cuda" and dtype == torch.float64:
-        backend = "torch"
     g = g.to(dtype)
     cam = cam.to(dtype)
-    background = torch.as_tensor(background, dtype=dtype, device=device).expand(B, 3)
+    background = torch.as_tensor(background, dtype=dtype, device=device).detach().expand(B, 3)
     module = choose(backend, device.type)
     if module:
-        return Rasterize.apply(module, cam.hw, near, cam.w2c, cam.K, background, *g)
-    with torch.autocast(device.type, enabled=False):
-        return render_reference(g, cam, background, near)
+        return Rasterize.apply(module, cam.hw, cam.w2c, cam.K, background, *g)
+    return render_reference(g, cam, background)
 
 
 # ---- graph capture -------------------------------------------------------------------------------
