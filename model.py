@@ -379,16 +379,12 @@ def write_atomically(path, write):
         fail(f"cannot write {path}: {e.strerror}; what was there before is untouched")
 
 
-def load_checkpoint(path, keys):
-    """A dict of tensors and plain values with at least `keys`; never runs code from the file."""
-    with reading(path, f"a checkpoint with {', '.join(keys) or 'names'}"):
+def load_checkpoint(path):
+    """A dict of tensors and plain values; never runs code from the file."""
+    with reading(path, "a checkpoint"):
         if not Path(path).is_file():                  # a pipe would hang
             raise FileNotFoundError("no such file, or not a regular one")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        missing = set(keys) - checkpoint.keys()
-        if missing:
-            raise KeyError(*missing)
-        return checkpoint
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
 
 
 def save_network(path, network, meta, half=True):
@@ -402,8 +398,8 @@ def save_network(path, network, meta, half=True):
 
 def load_network(path, cls, device="cpu"):
     """-> (network in evaluation mode, meta) of a file that `save_network` wrote."""
-    c = load_checkpoint(path, ("config", "state", "meta"))
+    c = load_checkpoint(path)
     with reading(path, f"a {cls.__name__} of this version"):
         network = cls(ModelConfig(**c["config"]))
         network.load_state_dict(c["state"])
-    return network.eval().to(device), c["meta"]
+        return network.eval().to(device), c["meta"]

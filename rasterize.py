@@ -190,9 +190,9 @@ def blend(pixel, xy, cov, det, z, opacity, rgb, background):
     return weight.mT @ seen + trans[-1][:, None] * back                       # (P, 5)
 
 
-def render_reference(g, cam, background, chunk=1 << 20):
-    """The definition of `render`, same arguments. Memory is bounded by `chunk` Gaussian-pixel
-    pairs, because every chunk of pixels is computed again in the backward pass."""
+def render_reference(g, cam, background):
+    """The definition of `render`, same arguments. Memory is bounded, because every chunk of pixels,
+    with a million Gaussian-pixel pairs, is computed again in the backward pass."""
     B, V = cam.w2c.shape[:2]
     h, w = cam.hw
     g = Gaussians(*[x[:, None] for x in g])                                   # (B, 1, N, ..)
@@ -215,7 +215,7 @@ def render_reference(g, cam, background, chunk=1 << 20):
 
     grid = torch.meshgrid(torch.arange(w), torch.arange(h), indexing="xy")    # (H, W) x, y
     pixel = torch.stack(grid, -1).view(-1, 2).to(s.z) + 0.5                   # (HW, 2)
-    step = max(1, chunk // max(1, s.z.shape[-1]))
+    step = 1 + 10**6 // max(1, s.z.shape[-1])                                 # pixels in a chunk
     images = []
     for b in range(B):
         for v in range(V):

@@ -111,7 +111,7 @@ def splat_statistics(batches):
 def given_teacher(path, size, code, near, far):
     """A teacher.pt of train.py, or a checkpoint of Splatter Image -> Teacher, of this size and any
     other shape. If `code` is not 0, it can be told a code of so many numbers."""
-    if "network" in load_checkpoint(path, []):
+    if "network" in load_checkpoint(path):
         given, _ = load_network(path, Teacher)
     else:
         given = load_splatter_image(path, near, far)
@@ -130,8 +130,8 @@ UNUSED = ("ray_dirs", "sh_to_v_transform", "v_to_sh_transform",   # constants th
 def load_splatter_image(path, near, far):
     """model_<category>.pth of Splatter Image -> Teacher of the shape of these weights. near, far:
     world units, of the category; the file does not say."""
-    theirs = load_checkpoint(path, ["model_state_dict"])["model_state_dict"]
     with reading(path, "Splatter Image with one input view, offsets and SH of degree 1"):
+        theirs = load_checkpoint(path)["model_state_dict"]
         state = {re.sub(PREFIX, "", k): x for k, x in theirs.items() if not k.endswith(UNUSED)}
         blocks = [k.split(".")[1] for k in state if re.match(r"enc\..*block\d+\.conv0\.weight", k)]
         res = sorted({int(k.split("x")[0]) for k in blocks}, reverse=True)    # the finest first

@@ -119,7 +119,6 @@ LEAST = dict(n_train=1, n_test=1, size=1, width=8, mult=1, blocks=1, told=1, bat
 
 RANK = int(os.environ.get("RANK", 0))              # of this process, by torchrun
 WORLD = int(os.environ.get("WORLD_SIZE", 1))       # processes
-FILES = "teacher", "stage_1", "stage_2"            # what the stages leave
 
 
 # ---- the losses ----------------------------------------------------------------------------------
@@ -141,8 +140,9 @@ def cycle_loss(predict, x, x_hat, cam, background):
     return image_loss(x_src_hat, x).mean()
 
 
-def total(losses, **weights):
+def total(losses, w_3dgs, cfg):
     """The losses, and `loss`, their weighted sum."""
+    weights = dict(loss_3dgs=w_3dgs, loss_image=1, loss_cyc=cfg.w_cyc, loss_code=cfg.w_code)
     return dict(loss=sum(weights[k] * x for k, x in losses.items()), **losses)
 
 
@@ -189,8 +189,7 @@ def stage_1(denoiser, teacher, x, cam, background, t, eps, cfg):
         losses["loss_cyc"] = cycle_loss(frozen, x, x_hat, cam, background)
     if cfg.code:
         losses["loss_code"] = F.mse_loss(code_hat.float(), code)
-    return total(losses, loss_3dgs=cfg.w_3dgs, loss_image=1, loss_cyc=cfg.w_cyc,
-                 loss_code=cfg.w_code)
+    return total(losses, cfg.w_3dgs, cfg)
 
 
 def stage_2(denoiser, teacher, x, cam, background, t, eps, cfg):
@@ -215,7 +214,7 @@ def stage_2(denoiser, teacher, x, cam, background, t, eps, cfg):
         frozen = lambda image, K: denoiser.gaussians(
             functional_call(denoiser, weights, (*start, image)), K)
         losses["loss_cyc"] = cycle_loss(frozen, x, x_hat, cam, background)
-    return total(losses, loss_3dgs=cfg.w_3dgs_2, loss_image=1, loss_cyc=cfg.w_cyc)
+    return total(losses, cfg.w_3dgs_2, cfg)
 
 
 # ---- one batch, one step -------------------------------------------------------------------------
@@ -357,7 +356,8 @@ def train_stage(cfg, stage, views, test, state):
     state |= dict(stage=stage + 1, step=0, minutes=(time.time() - began) / 60)
     if RANK == 0:   # a teacher that was given stays as it is, to the last bit
         meta = about(cfg, views, stage=stage, iters=iters, minutes=state["minutes"])
-        save_network(out / f"{FILES[stage]}.pt", ema, meta, half=not (cfg.teacher and stage == 0))
+        name = f"stage_{stage}.pt" if stage else "teacher.pt"
+        save_network(out / name, ema, meta, half=stage > 0 or not cfg.teacher)
     save(cfg, views, stage=stage + 1, step=0, minutes=state["minutes"])
 
 
@@ -405,8 +405,9 @@ def on_device(views, device):
 
 
 def device_name(device):
-    return (torch.cuda.get_device_name(device) if device.startswith("cuda")
-            else f"CPU, {torch.get_num_threads()} threads")
+    if device.startswith("cuda"):
+        return f"{WORLD} x {torch.cuda.get_device_name(device)}"
+    return f"{WORLD} x CPU, {torch.get_num_threads()} threads"
 
 
 def about(cfg, views, **more):
@@ -416,7 +417,7 @@ def about(cfg, views, **more):
     dataset = {k: views.meta[k] for k in ("dataset", "procedural", "fingerprint")}
     return dict(dataset=cfg.dataset, data=dataset, config=asdict(cfg), seed=cfg.seed,
                 steps=cfg.steps, K=views.K[0].tolist(), background=list(views.meta["background"]),
-                git=git or "unknown", device=f"{WORLD} x {device_name(cfg.device)}", **more)
+                git=git or "unknown", device=device_name(cfg.device), **more)
 
 
 def save(cfg, views, **state):
@@ -432,16 +433,15 @@ def resume(cfg, views):
     path = Path(cfg.out) / "resume.pt"
     if not path.exists():
         return dict(stage=0, step=0, minutes=0.0)
-    state = load_checkpoint(path, ("stage", "step", "minutes", "about"))
+    state = load_checkpoint(path)
     with reading(path, "a state of this version; delete that folder"):
         was = state["about"]["config"] | dict(images=state["about"]["data"]["fingerprint"])
     now = dict(images=views.meta["fingerprint"], **asdict(cfg))
     fixed = [*now][:[*now].index("root")]
-    changed = [f"{k}: {was[k]} -> {now[k]}" for k in fixed if was.get(k, now[k]) != now[k]
-               and not (cfg.eval_only and k == "steps")]          # sampling may take other steps
-    if changed:
-        fail(f"{path} is a run with other settings ({'; '.join(changed)}); give those, or another "
-             "--out, or delete that folder")
+    other = [f"{k}={was.get(k)}" for k in fixed if was.get(k) != now[k]
+             and not (cfg.eval_only and k == "steps")]            # sampling may take other steps
+    if other:
+        fail(f"{path}: a run with {other}; give these, or another --out, or delete that folder")
     return state
 
 
@@ -460,7 +460,7 @@ def value_of(field, text):
             return tuple(map(kind, numbers)) if many else kind(given)
     except Exception:   # the text is not Python, or not a tuple
         pass
-    fail(f"--{field.name}={text}: give {kind.__name__}, at least {least}, such as {like}")
+    fail(f"--{field.name}={text}: give something like {like}, at least {least}")
 
 
 def parse(argv):
@@ -485,7 +485,6 @@ def parse(argv):
         sizes = sizes | PAPER | dict(iters=(row["iters"], *PAPER["iters"]))
     cfg = Config(**sizes | given | dict(device=device))
     cfg.out = cfg.out or f"out/{Path(cfg.dataset).resolve().name}"
-    levels = 2 ** (len(cfg.mult) - 1)
     for wrong, message in [
             (cfg.weighting not in WEIGHTINGS, f"--weighting: give one of {[*WEIGHTINGS]}"),
             ({len(cfg.iters), len(cfg.batch), len(cfg.lr)} != {3},
@@ -493,11 +492,11 @@ def parse(argv):
             (not (cfg.iters[0] or cfg.teacher), "--iters: without stage 0, give a --teacher"),
             (cfg.init and cfg.teacher, "--init begins stage 0, --teacher replaces it; give one"),
             (any(n % WORLD for n in cfg.batch) or cfg.code and cfg.batch[0] < 2 * WORLD,
-             f"--batch={cfg.batch}: give multiples of {WORLD}, the number of processes, and in "
-             "stage 0 two or more for each, because half of a batch is told nothing"),
+             "--batch: give multiples of the number of processes, and in stage 0 two or more for "
+             "each, because half of a batch is told nothing"),
             (not cfg.t_star < cfg.t_known < T, f"give --t_star < --t_known < {T}"),
-            (cfg.width % 2 or cfg.size % levels,
-             f"--width must be even, and --size a multiple of {levels} for that --mult"),
+            (cfg.width % 2 or cfg.size % 2 ** (len(cfg.mult) - 1),
+             "--width must be even, and --size on each level of --mult but the last"),
             ((cfg.graph or cfg.compile) and not cuda, "--graph and --compile need a GPU")]:
         if wrong:
             fail(message)
@@ -508,7 +507,7 @@ def main():
     cfg = parse(sys.argv[1:])
     out = Path(cfg.out)
     join_processes(cfg.device)
-    print(f"device: {WORLD} x {device_name(cfg.device)} (--help lists the flags)\n{cfg}")
+    print(f"device: {device_name(cfg.device)}\n{cfg}")
     if RANK > 0:                                                              # 0 makes the data
         barrier()
     splits = data.prepare(cfg.dataset, cfg.root, cfg.size, cfg.n_train, cfg.n_test, cfg.data_seed,
