@@ -347,20 +347,14 @@ def test_gradients_of_needles_survive_float32(painter, length, d_out):
 @every_kernel
 @pytest.mark.parametrize("B, V", [(1, 1), (1, 3), (32, 4), (43, 3)])
 def test_a_batch_equals_one_call_per_image(painter, B, V):
-    """Against B V single renders: every bit of the images, the sums of the gradients."""
+    """Against B V single renders, every bit."""
     g, cam, background = awkward_scene(B, V, hw=(10, 12))
-    d_out = [torch.randn(B, V, c, 10, 12, generator=torch.Generator().manual_seed(c))
-             for c in (3, 1, 1)]
-    images, d = painter(g, cam, background, d_out=d_out)
-    for b in range(B):
-        one = [painter(Gaussians(*[x[b:b + 1] for x in g]),
-                       Camera(cam.w2c[b:b + 1, v:v + 1], cam.K[b:b + 1, v:v + 1], cam.hw),
-                       background[b:b + 1], d_out=[x[b:b + 1, v:v + 1] for x in d_out])
-               for v in range(V)]
-        for v in range(V):
-            assert_same([x[b:b + 1, v:v + 1] for x in images], one[v][0], 0)
-        assert_same([x[b:b + 1] for x in d], [sum(x) for x in zip(*[y for _, y in one])],
-                    painter.gradient / (1 if painter is cuda else 10))   # atomics, and a needle
+    images, _ = painter(g, cam, background)
+    for b, v in np.ndindex(B, V):
+        one, _ = painter(Gaussians(*[x[b:b + 1] for x in g]),
+                         Camera(cam.w2c[b:b + 1, v:v + 1], cam.K[b:b + 1, v:v + 1], cam.hw),
+                         background[b:b + 1])
+        assert_same([x[b:b + 1, v:v + 1] for x in images], one, 0)
 
 
 @needs_kernel
@@ -403,18 +397,12 @@ def test_inputs_may_be_strided_and_gradients_partial(painter):
 
 
 @float_kernels
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_and_autocast_draw_in_float32(painter, dtype):
+def test_low_precision_is_drawn_in_float32(painter):
     """Against the same numbers given as float32, bit for bit."""
     g, cam = benchmark_scene(1, 1, 30, 16, painter.device)
-    half = g.to(dtype)
-    expect = render(half.to(torch.float32), cam, (1., 1., 1.))
-    half.xyz.requires_grad_()
-    with torch.autocast(painter.device, dtype=dtype):
-        out = render(half, cam, (1., 1., 1.))
-    assert_same([x.detach() for x in out], expect, 0)
-    d, = torch.autograd.grad(out[0].sum(), half.xyz)
-    assert d.dtype == dtype and d.isfinite().all() and d.any()
+    half = g.to(torch.bfloat16)
+    assert_same(render(half, cam, (1., 1., 1.)), render(half.to(torch.float32), cam, (1., 1., 1.)),
+                0)
 
 
 @pytest.mark.parametrize("painter", [REFERENCE, CPU64])
@@ -1370,7 +1358,7 @@ def test_a_stage_returns_finite_losses_and_trains_only_the_student(stage, shape)
     x = nearly_right(teacher, x, cam, white)
     before = deepcopy(teacher.state_dict())
     cfg = train.Config(size=16, steps=3, code=shape.code, told=3, views=2)
-    lose = lambda cfg=cfg: (train.stage_1, train.stage_2)[stage - 1](
+    lose = lambda: (train.stage_1, train.stage_2)[stage - 1](
         denoiser, teacher, x, cam, white, torch.tensor([30, 99]), random_splats(), cfg)
     losses = lose()
     losses["loss"].backward()
@@ -1381,11 +1369,8 @@ def test_a_stage_returns_finite_losses_and_trains_only_the_student(stage, shape)
     want = w * losses["loss_3dgs"] + losses["loss_image"] + cfg.w_cyc * losses["loss_cyc"]
     assert ("loss_code" in losses) == (stage == 1 and shape.code > 0)
     torch.testing.assert_close(losses["loss"], want + cfg.w_code * losses.get("loss_code", 0))
-    assert "loss_cyc" not in lose(train.replace(cfg, w_cyc=0.0))
     x[:, 2:] = x[:, 2:].flip(1)                                               # tell something else
-    again = lose()
-    assert (again["loss_3dgs"] == losses["loss_3dgs"]) == (not shape.code)
-    assert (again["loss_image"] == losses["loss_image"]) == (not shape.code)
+    assert (lose()["loss_image"] == losses["loss_image"]) == (not shape.code)
 
 
 def test_half_of_a_batch_is_told_and_the_views_that_tell_are_not_judged():
@@ -1435,12 +1420,10 @@ def test_the_weights_of_noise_levels_average_to_one():
 def test_flags_have_the_types_of_config(capsys):
     """Against Config: --clip=1 is a float, --mult a tuple, a bare switch is true."""
     cfg = train.parse(["--clip=1", "--mult", "(1,2)", "--eval_only", "--out=o", "--device=cpu"])
-    assert (cfg.clip, cfg.mult, cfg.eval_only, cfg.out) == (1.0, (1, 2), True, "o")
-    assert type(cfg.clip) is float
+    assert (cfg.mult, cfg.eval_only, cfg.out) == ((1, 2), True, "o") and type(cfg.clip) is float
     paper = train.parse(["--paper", "--dataset", "chairs", "--size=64", "--device=cpu"])
-    assert (paper.code, paper.size) == (0, 64) and train.parse(["--device=cpu"]).code > 0
-    assert paper.iters == (1_000_001, 100_000, 20_000) and paper.batch == (8, 100, 10)
-    assert train.parse(["--dataset=a/b/", "--device=cpu"]).out == "out/b"
+    assert (paper.code, paper.size, paper.batch) == (0, 64, (8, 100, 10))
+    assert paper.iters == (1_000_001, 100_000, 20_000) and paper.out == "out/chairs"
     with pytest.raises(SystemExit):
         train.parse(["--help"])
     said = capsys.readouterr().out
@@ -1528,11 +1511,10 @@ def test_a_captured_step_trains_like_an_eager_one(bf16, compiled, code):
 def test_a_gradient_that_is_no_number_changes_no_weight():
     """Against the weights before, of the network and of Adam; the next step trains again."""
     torch.manual_seed(0)
-    network = Teacher(ModelConfig(16, 16, (1, 2), 1, 8))
+    network, (x, cam, white) = Teacher(TINY), scene_batch(views=2)
     cfg = train.Config(size=16, device="cpu", code=0)
-    step, optimiser = train.make_step(cfg, 0, network, None, torch.ones(3))
-    _, cam = benchmark_scene(2, 2, 1, 16)
-    x, rest = torch.rand(2, 2, 3, 16, 16), (cam.w2c, cam.K, None, None, torch.tensor(1e-3))
+    step, optimiser = train.make_step(cfg, 0, network, None, white)
+    rest = cam.w2c, cam.K, None, None, torch.tensor(1e-3)
     def state():
         return [v.clone() for v in network.parameters()] + [
             v.clone() for s in optimiser.state.values() for v in s.values()]

@@ -56,7 +56,7 @@ class Config:
     n_train: int = 160           # procedural cars to make, if there are no real ones
     n_test: int = 20
     data_seed: int = 0           # of the procedural cars
-    # network, the same shape for teacher and student (the paper's student is smaller)
+    # network of teacher and student (the paper's student is smaller)
     size: int = 32               # pixels
     width: int = 16              # channels of the first level; see ModelConfig for these four
     mult: tuple = (1, 2, 4)
@@ -132,8 +132,8 @@ def image_loss(x_hat, x):
 
 
 def cycle_loss(predict, x, x_hat, cam, background):
-    """L_cyc: predict splats from the *rendered* target and look at them from the source. `predict`
-    is frozen, but gradients pass through it to the rendered view."""
+    """L_cyc: predict splats from the *rendered* target and look at them from the source. Gradients
+    pass through the frozen `predict` to the rendered view."""
     g_cyc = predict(x_hat[:, 1].clamp(0, 1), cam.K[:, 1])             # in the target camera's frame
     to_source = invert_pose(cam.w2c[:, 1:2])                                  # (B, 1, 4, 4)
     x_src_hat, _, _ = render(g_cyc, Camera(to_source, cam.K[:, :1], cam.hw), background)
@@ -194,10 +194,8 @@ def stage_1(denoiser, teacher, x, cam, background, t, eps, cfg):
 
 def stage_2(denoiser, teacher, x, cam, background, t, eps, cfg):
     """Multi-step: L = lambda_t || x - R(D o ... o D(s_t)) ||^2 + L_cyc through the frozen student.
-    Gradients flow through every step; the teacher's splats are only the starting point.
-
-    A mean square pulls a sample to the average where s_t hides the answer. Ours: cfg.t_known keeps
-    to noise levels where it does not."""
+    Gradients flow through every step. A mean square pulls a sample to the average where s_t hides
+    the answer; ours: cfg.t_known keeps to noise levels where it does not."""
     s_teacher, s_t, _ = noised_teacher(denoiser, teacher, x, cam, background, t, eps, cfg)
     step = denoiser
     if cfg.checkpoint:
@@ -295,7 +293,7 @@ def make_networks(cfg, stage, views, background):
     if cfg.paper:
         network.unet.start(cfg.size, **views.meta["start"])
     if stage == 1:
-        # of the teacher's splats (B, 24, H, W) in 32 batches, as stage 1 will noise them
+        # over the teacher's splats (B, 24, H, W) of 32 batches, as stage 1 will noise them
         draws = (draw_batch(views, cfg, 0, cfg.iters[0] + i, slice(None)) for i in range(32))
         network.stats.copy_(splat_statistics(
             teacher(x if cfg.code else x[:, :1], Camera(w2c, K, (cfg.size, cfg.size)), background)
@@ -373,7 +371,6 @@ def average(tensors):
 
 
 def barrier():
-    """Wait for all processes."""
     if WORLD > 1:
         dist.barrier()
 
@@ -390,7 +387,6 @@ def join_processes(device):
 
 
 def compile_network(network):
-    """In place; its first calls then take a minute or two."""
     from torch._inductor import config as inductor   # late: importing it takes seconds
     inductor.force_layout_optimization = True        # channels last, as cuDNN wants them
     torch._dynamo.config.recompile_limit = 64        # with and without gradients, by use
@@ -421,7 +417,7 @@ def about(cfg, views, **more):
 
 
 def save(cfg, views, **state):
-    """resume.pt: all that training needs to go on from here."""
+    """resume.pt: all that training needs to continue from here."""
     if RANK == 0:
         state["about"] = about(cfg, views)
         write_atomically(Path(cfg.out) / "resume.pt", lambda file: torch.save(state, file))
