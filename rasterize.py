@@ -205,11 +205,8 @@ def render_reference(g, cam, background):
     # A culled Gaussian is replaced by a harmless one *before* the differentiable pass: so its NaN
     # cannot reach a gradient (0 x NaN = NaN), and its own gradients are exactly 0.
     ahead = invert_pose(cam.w2c)[..., None, :3, 2:].sum(-1)                   # (B, V, 1, 3) 1 unit
-    g = Gaussians(torch.where(ok[..., None], g.xyz, ahead),
-                  torch.where(ok[..., None], g.scale, 1),
-                  torch.where(ok[..., None], g.quat, 1),
-                  torch.where(ok, g.opacity, 0),
-                  torch.where(ok[..., None, None], g.sh, 1))
+    g = Gaussians(*[torch.where(ok.view(ok.shape + (1,) * (x.dim() - 3)), x, harmless)
+                    for x, harmless in zip(g, (ahead, 1, 1, 0, 1))])          # (B, V, N, ..)
     s = project(g, cam)
     order = s.z.detach().masked_fill(~ok, torch.inf).argsort(dim=-1, stable=True)   # (B, V, N)
 
@@ -267,7 +264,7 @@ def load_kernels(device):
 
 
 def compile_kernels(name, sources, flags, cuda_flags, folder):
-    """The slow part of `load_kernels`. It names what PyTorch's own errors would not."""
+    """Names what may be missing, where PyTorch's own errors would not."""
     from torch.utils import cpp_extension   # slow to import
     os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")   # ninja of a venv
     compiler = os.environ.get("CXX", "c++").split()[0]
