@@ -197,7 +197,7 @@ class UNet(nn.Module):
 
     @torch.no_grad()
     def start(self, size, **rows):
-        """Initialise the last layer: gains and biases of SPLAT, or of `rows`: name=(gain, bias)."""
+        """Initialise the last layer by SPLAT's gains and biases, or by rows: name=(gain, bias)."""
         parts = zip(SPLAT.items(), self.out.weight.split(WIDTHS), self.out.bias.split(WIDTHS))
         for (name, (_, *row)), weight, bias in parts:
             gain, value = rows.get(name, row)
@@ -332,7 +332,7 @@ class Denoiser(nn.Module):
     @torch.no_grad()
     def warm_start(self, unet):
         """Begin as the teacher (our addition): its weights, and zeros for what it does not have:
-        noisy splats, time, reading. At step 0 the output is the teacher's, without a code."""
+        noisy splats, time, reading. At step 0 the output is that of the teacher, told nothing."""
         theirs = unet.state_dict()
         code = self.cfg.code
         for name, mine in self.unet.state_dict().items():

@@ -218,9 +218,9 @@ def stage_2(denoiser, teacher, x, cam, background, t, eps, cfg):
 # ---- one batch, one step -------------------------------------------------------------------------
 
 def draw_batch(views, cfg, stage, step, mine=slice(RANK, None, WORLD)):
-    """Everything random in one step, from (seed, stage, step) alone: resuming needs no other state,
-    and every process draws the whole batch and takes its share of it.
-    -> x (B, V, 3, H, W), w2c (B, V, 4, 4), K (B, V, 4), t (B,), eps (B, 24, H, W)."""
+    """-> x (B, V, 3, H, W), w2c (B, V, 4, 4), K (B, V, 4), t (B,), eps (B, 24, H, W). They depend
+    on (seed, stage, step) alone, so resuming needs no other state. Every process draws the whole
+    batch and takes its share."""
     seed = (cfg.seed * 3 + stage) * 10**9 + step
     gen = torch.Generator().manual_seed(seed)
     B = cfg.batch[stage]
@@ -376,7 +376,7 @@ def barrier():
 
 
 def join_processes(device):
-    """Meet the other processes that torchrun has started; only the first one speaks."""
+    """Connect the processes that torchrun has started; only the first one prints."""
     if WORLD > 1:
         cuda = device.startswith("cuda")
         if cuda:
@@ -395,7 +395,7 @@ def compile_network(network):
 
 
 def on_device(views, device):
-    """The images there once and for all, as uint8, if they fit."""
+    """The uint8 images on the GPU, if they fit."""
     fits = device.startswith("cuda") and views.images.nbytes < torch.cuda.mem_get_info()[0] / 3
     return views.to(device) if fits else views
 
@@ -407,7 +407,7 @@ def device_name(device):
 
 
 def about(cfg, views, **more):
-    """What is written beside weights and tables: plain values."""
+    """Provenance, written beside weights and tables: plain values."""
     git = subprocess.run("git rev-parse --short HEAD", shell=True, cwd=Path(__file__).parent,
                          capture_output=True, text=True).stdout.strip()
     dataset = {k: views.meta[k] for k in ("dataset", "procedural", "fingerprint")}
@@ -524,7 +524,7 @@ def main():
                 save_network(out / "teacher.pt", given, meta, half=False)
         elif not cfg.iters[0]:
             fail(f"{cfg.teacher} cannot be told anything yet: give stage 0 steps, or --code=0")
-    barrier()                                      # what is read above is written below
+    barrier()                                      # the files read above are written below
     if not cfg.eval_only:
         print(f"watch {out}/preview.png; after an interruption the same command continues")
     for stage in range(state["stage"], 3):

@@ -192,7 +192,8 @@ def steps(cfg, stages):
     background = torch.ones(3, device=cfg.device)
     print(f"{train.device_name(cfg.device)}; {cfg.size}x{cfg.size}, U-Net {cfg.width} x "
           f"{cfg.mult}, {cfg.blocks} blocks, bf16={cfg.bf16}, {cfg.views} views, "
-          f"{cfg.steps} steps; medians\n{'':37}{'batch':>6}{'parameters':>12}{'ms/step':>10}{'speed-up':>10}{'img/s':>9}"
+          f"{cfg.steps} steps; medians\n"
+          f"{'':37}{'batch':>6}{'parameters':>12}{'ms/step':>10}{'speed-up':>10}{'img/s':>9}"
           f"{'TFLOP/s':>9}{'MiB':>8}{'rendering':>11}")
     for stage in stages:
         eager_ms = flops = None
