@@ -2042,7 +2042,7 @@ def test_sampling_writes_pictures_and_splats_and_repeats_itself(trained, cars, t
     assert a == b and all(a["sample_0.ply"] != x["sample_0.ply"] for x in (c, d))
     assert np.asarray(Image.open(tmp_path / "a" / "sample.png")).std() > 1
     assert Image.open(tmp_path / "a" / "film.webp").n_frames == 4             # noise, then a turn
-    assert "steps: 3 -> 1" in script("train", *SMALL, f"--root={cars}", f"--out={out}", "--steps=1",
+    assert "steps=3" in script("train", *SMALL, f"--root={cars}", f"--out={out}", "--steps=1",
                                      ok=False)
 
 
@@ -2379,13 +2379,13 @@ def test_bad_input_is_one_clear_line(trained, cars, tmp_path, monkeypatch):
     weights = ["--weights", out / "stage_2.pt", "--device", "cpu"]
     cases = [
         ("train", ["--epochs=3"], "--epochs"), ("train", ["--lr=fast"], "--lr"),
-        ("train", ["--size=30"], "--size=30"), ("train", ["--views=1"], "--views=1"),
+        ("train", ["--size=30"], "--size"), ("train", ["--views=1"], "--views=1"),
         ("train", ["--dataset=planes"], "planes"), ("train", ["--device=warp"], "--device=warp"),
-        ("train", ["--batch=(1,2,2)"], "--batch=(1, 2, 2)"), ("train", ["--told=0"], "--told=0"),
-        ("train", ["--iters=(0,5,0)"], "--teacher must name"),
-        ("train", ["--t_known=100"], "--t_known=100"),
+        ("train", ["--batch=(1,2,2)"], "--batch"), ("train", ["--told=0"], "--told=0"),
+        ("train", ["--iters=(0,5,0)"], "--teacher"),
+        ("train", ["--t_known=100"], "--t_known"),
         ("train", ["--graph", "--device=cpu"], "--graph"),
-        ("train", [*SMALL, f"--root={cars}", f"--out={out}", "--seed=1"], "seed: 0 -> 1"),
+        ("train", [*SMALL, f"--root={cars}", f"--out={out}", "--seed=1"], "seed=0"),
         ("train", [*SMALL, f"--root={cars}", f"--out={tmp_path}/none", "--eval_only"],
          "teacher.pt"),
         ("sample", [tmp_path / "broken.png", *weights], "broken.png"),
