@@ -23,8 +23,8 @@ from rasterize import Gaussians, fail, reading
 
 # ---- the splat image -----------------------------------------------------------------------------
 # Layout and activations of Splatter Image, so that its weights load. Its initial gains and biases,
-# with two exceptions: opacity and offset start as in its CO3D and Objaverse models, and scales (our
-# choice) at one pixel with a gain of 0.5, not at two with 0.003. Both train faster here.
+# but opacity and offset start as in its CO3D and Objaverse models, and scales (our choice) at one
+# pixel with a gain of 0.5, not at two with 0.003. Both train faster here.
 SPLAT = {   # channels, then gain and bias of the last 1x1 convolution, then what they become
     "depth":   (1, 1.0, 0.0),              # near + (far - near) sigmoid: z-depth along the ray
     "offset":  (3, 0.1, 0.0),              # added in the camera's frame, world units
@@ -78,8 +78,7 @@ def denormalise(s, stats):
 
 
 # ---- U-Net ---------------------------------------------------------------------------------------
-# DDPM++ (Song et al. 2021), with the names and shapes of Splatter Image's checkpoints. Left out:
-# dropout (0.1 there; our runs have too few epochs to need it).
+# DDPM++ (Song et al. 2021), named and shaped as in Splatter Image's checkpoints. Without dropout.
 
 @dataclass
 class ModelConfig:

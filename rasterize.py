@@ -257,25 +257,19 @@ def load_kernels(device):
     with open(folder / "flock", "w") as lock:   # the system releases it when a process is killed
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "done").exists():
-            compile_kernels(name, sources, flags, cuda_flags, folder)
+            compiler = os.environ.get("CXX", "c++").split()[0]
+            if not shutil.which(compiler):
+                raise RuntimeError(f"there is no compiler {compiler} (CXX can name another)")
+            print("rasterize: compiling csrc/ (once, about a minute)", flush=True)
+            from torch.utils import cpp_extension   # slow to import
+            os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")   # ninja of a venv
+            (folder / "lock").unlink(missing_ok=True)   # torch's own, left by a killed build
+            cpp_extension.load(name, list(map(str, sources)), extra_cflags=flags,
+                               extra_ldflags=list(FLAGS), extra_cuda_cflags=cuda_flags,
+                               build_directory=str(folder))
             (folder / "done").touch()
     sys.path.append(str(folder))
     return importlib.import_module(name)
-
-
-def compile_kernels(name, sources, flags, cuda_flags, folder):
-    """Names what may be missing, where PyTorch's own errors would not."""
-    from torch.utils import cpp_extension   # slow to import
-    os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")   # ninja of a venv
-    compiler = os.environ.get("CXX", "c++").split()[0]
-    if not shutil.which(compiler):
-        raise RuntimeError(f"there is no C++ compiler called {compiler} (CXX can name another)")
-    if not Path(sysconfig.get_path("include"), "Python.h").exists():
-        raise RuntimeError("there is no Python.h (the system's package is called python3-dev)")
-    print("rasterize: compiling csrc/ (once, about a minute)", flush=True)
-    (folder / "lock").unlink(missing_ok=True)   # torch's own, left by a killed build
-    cpp_extension.load(name, list(map(str, sources)), extra_cflags=flags, extra_ldflags=list(FLAGS),
-                       extra_cuda_cflags=cuda_flags, build_directory=str(folder))
 
 
 class Rasterize(torch.autograd.Function):
@@ -311,8 +305,10 @@ def choose(backend, device):
     except Exception as e:   # any failure at all: the reference still works
         if backend == device:
             raise
-        print("rasterize: drawing with the PyTorch reference, which is slow, because "
-              f"{str(e).splitlines()[0]}", flush=True)
+        lines = str(e).splitlines()
+        reason = next((line for line in lines if "error:" in line), lines[0])   # a compiler's
+        print(f"rasterize: drawing with the PyTorch reference, which is slow, because {reason}",
+              flush=True)
 
 
 def render(g, cam, background, backend="auto"):

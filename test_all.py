@@ -491,7 +491,7 @@ def test_builds_survive_a_killed_one_and_each_other(tmp_path):
 
 @needs_kernel
 @pytest.mark.parametrize("device, missing, sentence", [
-    ("cpu", "mock.patch.dict('os.environ', CXX='/nonexistent')", "no C++ compiler called /nonex"),
+    ("cpu", "mock.patch.dict('os.environ', CXX='/nonexistent')", "no compiler /nonexistent"),
     ("cpu", "mock.patch('rasterize.FLAGS', ['-include', 'no_such_header.h'])", "no_such_header.h"),
     ("mps", "mock.patch('shutil.which')", "csrc/ has no kernel for mps"),
 ], ids=["compiler", "what the compiler says", "another device"])

@@ -4,8 +4,7 @@
     python train.py --dataset cars --views=6 --out=out/six   # any flag of Config below
     torchrun --standalone --nproc_per_node=2 train.py --dataset cars
 
-    stage 0   the teacher, trained by rendering alone; half of each batch tells it what the picture
-              hides (ours)
+    stage 0   the teacher, trained by rendering alone; half of a batch is told what is hidden (ours)
     stage 1   bootstrapping: predict the told teacher's splats from noised ones, and render well
     stage 2   multi-step: unroll the denoiser, render well, and leave the teacher behind
 
@@ -50,8 +49,7 @@ class Config:
     dataset: str = "cars"        # cars, chairs, hydrants, teddybears, or path/to/your/own
     paper: bool = False          # sizes and numbers of the paper and of its teacher; see PAPER
     seed: int = 0
-    teacher: str = ""            # a teacher.pt or Splatter Image's weights. If it cannot be told
-                                 # anything yet, stage 0 teaches it that and nothing else
+    teacher: str = ""            # teacher.pt or Splatter Image's file; stage 0 only adds the code
     init: str = ""               # ours: continue training this teacher.pt in stage 0
     n_train: int = 160           # procedural cars to make, if there are no real ones
     n_test: int = 20
@@ -114,8 +112,9 @@ PAPER = dict(code=0, t_known=T - 1, size=128, width=96, mult=(1, 2, 2, 2), block
              warm_start=False, batch=(8, 100, 10), lr=(5e-5, 1e-4, 5e-5), clip=1e9, ema=0.9999,
              warmup=500, w_3dgs=1.0, w_cyc=1.0, weighting="noise", steps=STEPS, eval_views=0,
              checkpoint=True, iters=(100_000, 20_000))
-LEAST = dict(n_train=1, n_test=1, size=1, width=8, mult=1, blocks=1, told=1, batch=1, views=2,
-             steps=1, samples=1, log_every=1, preview_every=1, save_every=1)   # 0 for other flags
+# The least value of a flag, or of each of its numbers, where it is not 0
+LEAST = dict.fromkeys("n_train n_test size mult blocks told batch steps samples log_every "
+                      "preview_every save_every".split(), 1) | dict(width=8, views=2)
 
 RANK = int(os.environ.get("RANK", 0))              # of this process, by torchrun
 WORLD = int(os.environ.get("WORLD_SIZE", 1))       # processes
@@ -293,7 +292,7 @@ def make_networks(cfg, stage, views, background):
     if cfg.paper:
         network.unet.start(cfg.size, **views.meta["start"])
     if stage == 1:
-        # over the teacher's splats (B, 24, H, W) of 32 batches, as stage 1 will noise them
+        # of the teacher's splats (B, 24, H, W) in 32 batches, as stage 1 will noise them
         draws = (draw_batch(views, cfg, 0, cfg.iters[0] + i, slice(None)) for i in range(32))
         network.stats.copy_(splat_statistics(
             teacher(x if cfg.code else x[:, :1], Camera(w2c, K, (cfg.size, cfg.size)), background)
@@ -321,8 +320,8 @@ def train_stage(cfg, stage, views, test, state):
         with reading(out / "resume.pt", "a state of this run; delete that folder"):
             network.load_state_dict(state["network"])
             ema.load_state_dict(state["ema"])
-            averages = dict(state=state["optimiser"]["state"])                # of gradients
-            optimiser.load_state_dict(optimiser.state_dict() | averages)
+            optimiser.load_state_dict(dict(optimiser.state_dict(),
+                                           state=state["optimiser"]["state"]))
     bar = tqdm(range(state["step"], iters), f"stage {stage}", iters, initial=state["step"],
                unit="step", disable=RANK > 0)
     for step in bar:
@@ -339,12 +338,12 @@ def train_stage(cfg, stage, views, test, state):
         state["left"] -= 1
         shown = done % cfg.preview_every == 0 or done == iters
         if RANK == 0 and (shown or done % cfg.log_every == 0):
-            record = dict(stage=stage, step=done, **{k: v.item() for k, v in losses.items()})
+            record = dict(stage=stage, step=done, **{k: v.item() for k, v in losses.items()},
+                          grad_norm=norm.item(), steps_per_s=bar.format_dict["rate"])
             bar.set_postfix_str(f"loss {record['loss']:.4f}")
             if shown:
                 preview(teacher or ema, ema if stage else None, test, cfg)
                 record |= evaluate_few(ema, test, cfg)
-            record |= dict(grad_norm=norm.item(), steps_per_s=bar.format_dict["rate"])
             with open(out / "log.jsonl", "a") as file:     # after a kill some steps are there twice
                 file.write(json.dumps(record) + "\n")
         if done % cfg.save_every == 0 or state["left"] == 0:
@@ -525,8 +524,6 @@ def main():
         elif not cfg.iters[0]:
             fail(f"{cfg.teacher} cannot be told anything yet: give stage 0 steps, or --code=0")
     barrier()                                      # the files read above are written below
-    if not cfg.eval_only:
-        print(f"watch {out}/preview.png; after an interruption the same command continues")
     for stage in range(state["stage"], 3):
         if cfg.eval_only or not cfg.iters[stage]:
             break
