@@ -4,10 +4,10 @@
            network outputs; *normalised* is the space of the diffusion.
     g      the Gaussians that are rendered; `splats_to_gaussians` is the only way from s to g.
 
-The paper gives T = 100, t* = 20, DDIM with 10 steps and, in its equations, prediction of the clean
-splats (x0). It does not give the noise schedule, the space that is noised, or how the image enters:
-these are our choices, and marked so. The *code* is ours, too: a few numbers that say what the
-picture does not show (teacher.py). No rendering, training or data in here.
+The paper gives T = 100, t* = 20, DDIM with 10 steps and prediction of the clean splats (x0). The
+noise schedule, the space that is noised, and how the image enters are our choices. So is the
+*code*, a few numbers that say what the picture does not show (teacher.py). No rendering, training
+or data in here.
 """
 import io
 import math
@@ -23,8 +23,8 @@ from rasterize import Gaussians, fail, reading
 
 # ---- the splat image -----------------------------------------------------------------------------
 # Layout and activations of Splatter Image, so that its weights load. Its initial gains and biases,
-# with two exceptions: opacity and offset start as in its CO3D and Objaverse models, and scales (our
-# choice) at one pixel with a gain of 0.5, not at two with 0.003. Both train faster here.
+# but opacity and offset start as in its CO3D and Objaverse models, and scales (our choice) at one
+# pixel with a gain of 0.5, not at two with 0.003. Both train faster here.
 SPLAT = {   # channels, then gain and bias of the last 1x1 convolution, then what they become
     "depth":   (1, 1.0, 0.0),              # near + (far - near) sigmoid: z-depth along the ray
     "offset":  (3, 0.1, 0.0),              # added in the camera's frame, world units
@@ -41,8 +41,8 @@ S = sum(WIDTHS)                      # 24 channels
 def splats_to_gaussians(raw, K, near, far):
     """Raw splat image (B, 24, H, W) -> Gaussians in the frame of the camera whose pixels it covers.
     Gaussian n = row * W + column has centre ray(pixel) * depth + offset. K (B, 4) fx, fy, cx, cy in
-    pixels; near, far in world units. A fifth column of K is added to both: the depth of the
-    object's middle, which a network cannot know."""
+    pixels; near, far in world units. A fifth column of K, the depth of the object's middle, is
+    added to both."""
     B, _, H, W = raw.shape
     depth, offset, opacity, scale, quat, dc, sh1 = raw.flatten(2).mT.split(WIDTHS, -1)  # (B, N, c)
     fx, fy, cx, cy = K[:, :4, None].unbind(1)                                 # (B, 1)
@@ -65,8 +65,8 @@ def canonical(raw):
 
 
 def normalise(raw, stats):
-    """Raw -> zero mean and unit deviation per channel over the teacher's outputs (our choice: raw
-    channels differ in size by orders of magnitude). stats (2, 24)."""
+    """Raw -> mean 0, deviation 1 per channel over the teacher's outputs (our choice: raw channels
+    differ by orders of magnitude). stats (2, 24)."""
     mean, std = stats[:, None, :, None, None]                                 # (1, 24, 1, 1) each
     return (canonical(raw) - mean) / std
 
@@ -78,8 +78,7 @@ def denormalise(s, stats):
 
 
 # ---- U-Net ---------------------------------------------------------------------------------------
-# DDPM++ (Song et al. 2021), with the names and shapes of Splatter Image's checkpoints. Left out:
-# dropout (0.1 there; our runs have too few epochs to need it).
+# DDPM++ (Song et al. 2021), named and shaped as in Splatter Image's checkpoints. Without dropout.
 
 @dataclass
 class ModelConfig:
@@ -100,7 +99,8 @@ def xavier(layer, gain=1.0):
 
 
 def group_norm(channels):
-    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+    groups = max(n for n in range(1, 33) if channels % n == 0 and n <= channels / 4)
+    return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 class Block(nn.Module):
@@ -116,9 +116,11 @@ class Block(nn.Module):
         self.conv1 = xavier(nn.Conv2d(c_out, c_out, 3, padding=1), 1e-5)      # starts as a shortcut
         self.skip = xavier(nn.Conv2d(c_in, c_out, 1)) if c_in != c_out or resample else None
         self.affine = xavier(nn.Linear(emb, 2 * c_out), 0.1) if emb else None
-        self.norm2 = group_norm(c_out) if attention else None
-        self.qkv = xavier(nn.Conv2d(c_out, 3 * c_out, 1), 0.2 ** 0.5) if attention else None
-        self.proj = xavier(nn.Conv2d(c_out, c_out, 1), 1e-5) if attention else None
+        self.attention = attention
+        if attention:
+            self.norm2 = group_norm(c_out)
+            self.qkv = xavier(nn.Conv2d(c_out, 3 * c_out, 1), 0.2 ** 0.5)
+            self.proj = xavier(nn.Conv2d(c_out, c_out, 1), 1e-5)
 
     def resized(self, x):
         """(B, C, H, W) -> (B, C, H', W'): means of 2 x 2, each pixel 2 x 2 times, or unchanged."""
@@ -138,7 +140,7 @@ class Block(nn.Module):
         h = self.conv1(F.silu(h))                                             # (B, c_out, H', W')
         x = self.skip(self.resized(x)) if self.skip else x
         x = (x + h) * 0.5 ** 0.5                                              # keeps the variance
-        if self.qkv:
+        if self.attention:
             qkv = self.qkv(self.norm2(x)).unflatten(1, (-1, 3)).flatten(3)    # (B, C, 3, HW)
             q, k, v = qkv.permute(2, 0, 3, 1)                                 # (B, HW, C), one head
             h = F.scaled_dot_product_attention(q, k, v).mT.view_as(x)         # (B, C, H, W)
@@ -148,8 +150,8 @@ class Block(nn.Module):
 
 class UNet(nn.Module):
     """(B, c_in, H, W) -> (B, 24, H, W) raw splats. The denoiser's also depends on the time t (B,).
-    With cfg.code the decoder also depends on a code (B, code). The teacher is given it. The
-    denoiser reads it from its own deepest features, so that all pixels use the same one."""
+    With cfg.code the decoder depends on a code (B, code): the teacher is given it, the denoiser
+    reads it from its deepest features, so that all pixels use the same one."""
 
     def __init__(self, cfg, c_in=3, time=False):
         super().__init__()
@@ -194,7 +196,7 @@ class UNet(nn.Module):
 
     @torch.no_grad()
     def start(self, size, **rows):
-        """Initialise the last layer: gains and biases of SPLAT, or of `rows`: name=(gain, bias)."""
+        """Initialise the last layer by SPLAT's gains and biases, or by rows: name=(gain, bias)."""
         parts = zip(SPLAT.items(), self.out.weight.split(WIDTHS), self.out.bias.split(WIDTHS))
         for (name, (_, *row)), weight, bias in parts:
             gain, value = rows.get(name, row)
@@ -261,11 +263,9 @@ def ddim_step(s_t, s_hat, t, t_next):
 
 def denoise(denoiser, s_t, t, x_src, steps=STEPS, guide=None):
     """Yields the predictions s_hat of `steps` evenly spaced DDIM steps from t (B,) towards 0; the
-    last one is the result: `*_, s_hat = denoise(...)`. Stage 2, the cycle and sample.py all use it,
-    so training and sampling cannot drift apart.
-
-    guide: guide(s_hat) -> (B,) loss that sampling should lower, e.g. the error of the renderings in
-    further views (paper, v1). It leaves no gradient in the network's weights."""
+    last one is the result. Stage 2 and sample.py both use it, so training and sampling cannot drift
+    apart. guide: guide(s_hat) -> (B,) loss that sampling should lower, e.g. the error of the
+    renderings in further views (paper, v1)."""
     for k in range(steps):
         now = t * (steps - k) // steps                                        # (B,) int
         then = t * (steps - k - 1) // steps                                   # (B,) int
@@ -331,7 +331,7 @@ class Denoiser(nn.Module):
     @torch.no_grad()
     def warm_start(self, unet):
         """Begin as the teacher (our addition): its weights, and zeros for what it does not have:
-        noisy splats, time, reading. At step 0 the output is the teacher's, without a code."""
+        noisy splats, time, reading. At step 0 the output is that of the teacher, told nothing."""
         theirs = unet.state_dict()
         code = self.cfg.code
         for name, mine in self.unet.state_dict().items():
@@ -351,7 +351,7 @@ class Denoiser(nn.Module):
 # The idea ends here. Below: devices, and weights on disk.
 
 def pick_device(name=""):
-    """The device of that name; without a name the GPU, if there is one."""
+    """That device, or the GPU if there is one; refuses what cannot be used."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.zeros(1, device=name).item()
@@ -374,38 +374,31 @@ def write_atomically(path, write):
             os.fsync(f.fileno())
         part.replace(path)
     except OSError as e:
-        if part.exists():
-            part.unlink()
+        part.unlink(missing_ok=True)
         fail(f"cannot write {path}: {e.strerror}; what was there before is untouched")
 
 
-def load_checkpoint(path, keys):
-    """A dict of tensors and plain values with at least `keys`; never runs code from the file."""
-    with reading(path, f"a checkpoint with {', '.join(keys) or 'names'}"):
+def load_checkpoint(path):
+    """A dict of tensors and plain values; never runs code from the file."""
+    with reading(path, "a checkpoint"):
         if not Path(path).is_file():                  # a pipe would hang
             raise FileNotFoundError("no such file, or not a regular one")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        missing = set(keys) - checkpoint.keys()
-        if missing:
-            raise KeyError(*missing)
-        return checkpoint
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
 
 
 def save_network(path, network, meta, half=True):
     """Weights, in half precision, with what is needed to use them. meta: plain values."""
     state = {k: v.half() if half and v.is_floating_point() and k != "stats" else v
              for k, v in network.state_dict().items()}
-    name = type(network).__name__
-    content = dict(network=name, config=asdict(network.cfg), state=state, meta=meta)
+    content = dict(network=type(network).__name__, config=asdict(network.cfg), state=state,
+                   meta=meta)
     write_atomically(path, lambda f: torch.save(content, f))
 
 
 def load_network(path, cls, device="cpu"):
     """-> (network in evaluation mode, meta) of a file that `save_network` wrote."""
-    c = load_checkpoint(path, ("network", "config", "state", "meta"))
-    if c["network"] != cls.__name__:
-        fail(f"{path}: holds a {c['network']}, a {cls.__name__} is needed here")
+    c = load_checkpoint(path)
     with reading(path, f"a {cls.__name__} of this version"):
         network = cls(ModelConfig(**c["config"]))
         network.load_state_dict(c["state"])
-    return network.eval().to(device), c["meta"]
+        return network.eval().to(device), c["meta"]

@@ -1,10 +1,9 @@
 """Gaussians and cameras in, images out.
 
-`render(g, cam, background) -> rgb, alpha, depth` is the function for other files: differentiable,
-and batched over B objects x V views. `render_reference` is the *definition* of the image, in plain
-PyTorch and slow: it evaluates every Gaussian at every pixel. The kernels in csrc/ compute the same
-image fast (`python csrc/bench.py` times both). They are compiled on first use; if that fails, the
-reference is used instead. No networks, losses or files in here.
+`render(g, cam, background) -> rgb, alpha, depth` is differentiable, and batched over B objects x
+V views. `render_reference` is the *definition* of the image, in plain PyTorch: it evaluates every
+Gaussian at every pixel. The kernels in csrc/ compute the same image fast. They are compiled on
+first use; if that fails, the reference draws instead. No networks, losses or files in here.
 
 Conventions of the whole repository:
     camera      OpenCV: x right, y down, z forward; pixel i is sampled at i + 0.5
@@ -115,21 +114,11 @@ def matrix_to_quat(R):
     return torch.where(q[..., :1] < 0, -q, q)
 
 
-def quat_multiply(a, b):
-    """Hamilton product of (..., 4) quaternions: the rotation b followed by a."""
-    aw, ax, ay, az = a.unbind(-1)
-    bw, bx, by, bz = b.unbind(-1)
-    return torch.stack([aw * bw - ax * bx - ay * by - az * bz,
-                        aw * bx + ax * bw + ay * bz - az * by,
-                        aw * by - ax * bz + ay * bw + az * bx,
-                        aw * bz + ax * by - ay * bx + az * bw], -1)
-
-
 def transform(g, pose):
     """Move Gaussians by a rigid pose (B, 4, 4): centres, axes and colour by direction alike."""
     R = pose[:, None, :3, :3]                                                 # (B, 1, 3, 3)
     xyz = (R @ g.xyz[..., None])[..., 0] + pose[:, None, :3, 3]               # (B, N, 3)
-    quat = quat_multiply(matrix_to_quat(R), g.quat)                           # (B, N, 4)
+    quat = matrix_to_quat(R @ quat_to_matrix(g.quat))                         # (B, N, 4)
     sh = g.sh
     if sh.shape[2] == 4:   # degree 1 is a vector v . dir with v = (-k3, -k1, k2): it turns with R
         k1, k2, k3 = sh[:, :, 1:].unbind(2)                                   # (B, N, 3) per rgb
@@ -201,9 +190,9 @@ def blend(pixel, xy, cov, det, z, opacity, rgb, background):
     return weight.mT @ seen + trans[-1][:, None] * back                       # (P, 5)
 
 
-def render_reference(g, cam, background, near=NEAR, chunk=1 << 20):
-    """The definition of `render`, same arguments. Memory is bounded by `chunk` Gaussian-pixel
-    pairs, because every chunk of pixels is computed again in the backward pass."""
+def render_reference(g, cam, background):
+    """The definition of `render`, same arguments. Memory is bounded, because every chunk of pixels,
+    with a million Gaussian-pixel pairs, is computed again in the backward pass."""
     B, V = cam.w2c.shape[:2]
     h, w = cam.hw
     g = Gaussians(*[x[:, None] for x in g])                                   # (B, 1, N, ..)
@@ -211,22 +200,19 @@ def render_reference(g, cam, background, near=NEAR, chunk=1 << 20):
         s = project(g, cam)
         total = (s.xy.sum(-1) + s.cov.sum(-1) + g.sh.sum((-1, -2)) + s.rgb.sum(-1)
                  + s.det + s.z + s.opacity)                                   # (B, V, N)
-        ok = (total.isfinite() & (s.z > near) & (s.det > 0) & (s.opacity >= ALPHA_MIN)
+        ok = (total.isfinite() & (s.z > NEAR) & (s.det > 0) & (s.opacity >= ALPHA_MIN)
               & (g.quat.square().sum(-1) >= 1e-8))                            # (B, V, N)
     # A culled Gaussian is replaced by a harmless one *before* the differentiable pass: so its NaN
     # cannot reach a gradient (0 x NaN = NaN), and its own gradients are exactly 0.
     ahead = invert_pose(cam.w2c)[..., None, :3, 2:].sum(-1)                   # (B, V, 1, 3) 1 unit
-    g = Gaussians(torch.where(ok[..., None], g.xyz, ahead),
-                  torch.where(ok[..., None], g.scale, 1),
-                  torch.where(ok[..., None], g.quat, 1),
-                  torch.where(ok, g.opacity, 0),
-                  torch.where(ok[..., None, None], g.sh, 1))
+    g = Gaussians(*[torch.where(ok.view(ok.shape + (1,) * (x.dim() - 3)), x, harmless)
+                    for x, harmless in zip(g, (ahead, 1, 1, 0, 1))])          # (B, V, N, ..)
     s = project(g, cam)
     order = s.z.detach().masked_fill(~ok, torch.inf).argsort(dim=-1, stable=True)   # (B, V, N)
 
     grid = torch.meshgrid(torch.arange(w), torch.arange(h), indexing="xy")    # (H, W) x, y
     pixel = torch.stack(grid, -1).view(-1, 2).to(s.z) + 0.5                   # (HW, 2)
-    step = max(1, chunk // max(1, s.z.shape[-1]))
+    step = 1 + 10**6 // max(1, s.z.shape[-1])                                 # pixels in a chunk
     images = []
     for b in range(B):
         for v in range(V):
@@ -271,40 +257,28 @@ def load_kernels(device):
     with open(folder / "flock", "w") as lock:   # the system releases it when a process is killed
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "done").exists():
+            compiler = os.environ.get("CXX", "c++").split()[0]
+            if not shutil.which(compiler):
+                raise RuntimeError(f"there is no compiler {compiler} (CXX can name another)")
+            print("rasterize: compiling csrc/ (once, about a minute)", flush=True)
+            from torch.utils import cpp_extension   # slow to import
+            os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")   # ninja of a venv
             (folder / "lock").unlink(missing_ok=True)   # torch's own, left by a killed build
-            compile_kernels(name, sources, flags, cuda_flags, folder)
+            cpp_extension.load(name, list(map(str, sources)), extra_cflags=flags,
+                               extra_ldflags=list(FLAGS), extra_cuda_cflags=cuda_flags,
+                               build_directory=str(folder))
             (folder / "done").touch()
     sys.path.append(str(folder))
     return importlib.import_module(name)
 
 
-def compile_kernels(name, sources, flags, cuda_flags, folder):
-    """The slow part of `load_kernels`. If one of the usual things is missing, name it."""
-    from torch.utils import cpp_extension   # slow to import
-    os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")   # ninja of a venv
-    compiler = os.environ.get("CXX", "c++").split()[0]
-    header = Path(sysconfig.get_path("include"), "Python.h")
-    nvcc = Path(cpp_extension.CUDA_HOME or "", "bin", "nvcc")
-    for what, found in {
-            f"C++ compiler called {compiler} (CXX can name another)": shutil.which(compiler),
-            "Python.h (the system's package is called python3-dev)": header.exists(),
-            "ninja (pip install ninja)": shutil.which("ninja"),
-            "CUDA compiler nvcc (CUDA_HOME can name the folder of a toolkit, which should be "
-            f"version {torch.version.cuda} as PyTorch's)": nvcc.exists() or not cuda_flags}.items():
-        if not found:
-            raise RuntimeError(f"there is no {what}")
-    print("rasterize: compiling csrc/ (once, about a minute)", flush=True)
-    cpp_extension.load(name, list(map(str, sources)), extra_cflags=flags, extra_ldflags=list(FLAGS),
-                       extra_cuda_cflags=cuda_flags, build_directory=str(folder))
-
-
 class Rasterize(torch.autograd.Function):
-    """The kernel as one differentiable function of g and the background."""
+    """The kernel as one differentiable function of g."""
 
     @staticmethod
-    def forward(ctx, module, hw, near, *inputs):
+    def forward(ctx, module, hw, *inputs):
         w2c, K, background, *g = inputs = [x.contiguous() for x in inputs]
-        out = module.forward(g, background, w2c, K, *hw, near)
+        out = module.forward(g, background, w2c, K, *hw, NEAR)
         ctx.module = module
         ctx.set_materialize_grads(False)   # no zeros for what the loss does not use
         ctx.save_for_backward(*inputs, *out)
@@ -314,12 +288,9 @@ class Rasterize(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *d_out):
         w2c, K, background, *rest = ctx.saved_tensors                         # then 5 of g, out
-        d_background = torch.zeros_like(background) if ctx.needs_input_grad[5] else None
-        if ctx.needs_input_grad[5] and d_out[0] is not None:   # (1 - alpha) of it reach the camera
-            d_background = ((1 - rest[6]) * d_out[0]).sum((1, 3, 4))          # (B, 3)
         d_out = [w2c.new_empty(0) if x is None else x.contiguous() for x in d_out]
         d_g = ctx.module.backward(rest[:5], background, w2c, K, rest[5:], d_out)
-        return None, None, None, None, None, d_background, *d_g
+        return None, None, None, None, None, *d_g
 
 
 # ---- the one function for other files ------------------------------------------------------------
@@ -333,76 +304,69 @@ def choose(backend, device):
         return None if backend == "torch" else load_kernels(device)
     except Exception as e:   # any failure at all: the reference still works
         if backend == device:
-            raise RuntimeError(f"the {device} backend cannot be built: {e}") from None
-        print("rasterize: drawing with the PyTorch reference, which is slow, because "
-              f"{str(e).splitlines()[0]}", flush=True)
+            raise
+        lines = str(e).splitlines()
+        reason = next((line for line in lines if "error:" in line), lines[0])   # a compiler's
+        print(f"rasterize: drawing with the PyTorch reference, which is slow, because {reason}",
+              flush=True)
 
 
-def render(g, cam, background, near=NEAR, backend="auto"):
+def render(g, cam, background, backend="auto"):
     """Images of Gaussians `g` from cameras `cam`: rgb (B, V, 3, H, W), not clamped; alpha
     (B, V, 1, H, W) in [0, 1); depth (B, V, 1, H, W) = sum of weight x z, not divided by alpha.
 
     background: colour behind everything, (3,) or one per object (B, 3).
-    near:       world units; only Gaussians with z > near are drawn.
     backend:    "cpu" or "cuda", the kernels; "torch", the reference; "auto", the kernel of g's
-                device, or the reference if it cannot be compiled. Float64 on a GPU: the reference.
-    Differentiable in every field of `g` and in the background. A Gaussian with NaN, Inf or a zero
-    quaternion is not drawn. ValueError: shapes, devices or backend do not fit together.
-    RuntimeError: a kernel asked for by name cannot be compiled. In a CUDA graph nothing waits for
-    the device, if the background is on it. Under torch.compile this call is a graph break."""
-    if torch.compiler.is_compiling():   # not a decorator, which would import the compiler here
-        return torch.compiler.disable(render)(g, cam, background, near, backend)
+                device (float32 on a GPU), or the reference if it cannot be compiled.
+    Differentiable in all of `g`. A Gaussian with NaN, Inf or a zero quaternion, or nearer than
+    NEAR, is not drawn. Nothing waits for the device if the background is on it."""
     device = g.xyz.device
     B, V = cam.w2c.shape[:2]
     N, k = g.sh.shape[1:3]
     cam = cam._replace(K=cam.K[..., :4])
     inputs = (*g, cam.w2c, cam.K)
     want = [(B, N, 3), (B, N, 3), (B, N, 4), (B, N), (B, N, k, 3), (B, V, 4, 4), (B, V, 4)]
-    fit = [x.shape for x in inputs] == want and {x.device for x in inputs} == {device}
-    if not fit or k not in (1, 4):
-        raise ValueError("Gaussians and cameras do not fit together: " + ", ".join(
-            f"{name} {list(x.shape)} on {x.device}"
-            for name, x in zip(Gaussians._fields + Camera._fields, inputs)))
+    devices = {x.device for x in inputs}
+    if [x.shape for x in inputs] != want or devices != {device} or k not in (1, 4):
+        raise ValueError("Gaussians and cameras do not fit together: "
+                         f"{[list(x.shape) for x in inputs]} on {devices}")
     dtype = torch.float64 if g.xyz.dtype == torch.float64 else torch.float32   # never half
-    if device.type == "cuda" and dtype == torch.float64:
-        backend = "torch"
     g = g.to(dtype)
     cam = cam.to(dtype)
-    background = torch.as_tensor(background, dtype=dtype, device=device).expand(B, 3)
+    background = torch.as_tensor(background, dtype=dtype, device=device).detach().expand(B, 3)
     module = choose(backend, device.type)
     if module:
-        return Rasterize.apply(module, cam.hw, near, cam.w2c, cam.K, background, *g)
-    with torch.autocast(device.type, enabled=False):
-        return render_reference(g, cam, background, near)
+        return Rasterize.apply(module, cam.hw, cam.w2c, cam.K, background, *g)
+    return render_reference(g, cam, background)
 
 
 # ---- graph capture -------------------------------------------------------------------------------
 
 class Captured:
-    """step(*tensors) -> tensors, as one CUDA graph: a single launch instead of thousands. The first
-    calls run eagerly, because compilers and libraries settle in them; the next one is recorded, and
-    replayed on new inputs from then on. The outputs are overwritten by the next call."""
+    """step(*tensors) -> tensors, as one CUDA graph: a single launch instead of thousands. Three
+    calls run eagerly, because compilers and libraries settle in them. The fourth is recorded, and
+    replayed from then on. Each call overwrites the outputs of the last."""
 
-    def __init__(self, step, first=3):
+    def __init__(self, step):
         self.step = step
-        self.first = first
+        self.calls = 0
         self.graph = None
         self.stream = torch.cuda.Stream()
 
     def __call__(self, *inputs):
-        if self.graph:
-            torch._foreach_copy_(self.inputs, inputs)
-            self.graph.replay()
-            return self.outputs
-        self.first -= 1
-        if self.first >= 0:
+        self.calls += 1
+        if self.calls <= 3:
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):   # the stream that a recording will use, too
                 outputs = self.step(*inputs)
             torch.cuda.current_stream().wait_stream(self.stream)
             return outputs
-        self.inputs = [x.clone() for x in inputs]
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
-            self.outputs = self.step(*self.inputs)
-        return self(*inputs)
+        if not self.graph:
+            self.inputs = [x.clone() for x in inputs]
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=self.stream,
+                                  capture_error_mode="thread_local"):
+                self.outputs = self.step(*self.inputs)
+        torch._foreach_copy_(self.inputs, inputs)
+        self.graph.replay()
+        return self.outputs

@@ -1,8 +1,8 @@
 """The teacher: an image-to-3D model. The student learns to denoise its splats.
 
 It is Splatter Image's network (Szymanowicz et al. 2024): a U-Net without time, one Gaussian per
-pixel, trained by rendering alone (stage 0 of train.py), or with its released weights. Left out: its
-camera embedding and cross-view attention for two input views, dropout, and the LPIPS fine-tuning.
+pixel, trained by rendering alone (stage 0 of train.py), or with its released weights. Left out: two
+input views, dropout, and the LPIPS fine-tuning.
 
 The paper's teacher is deterministic. Its splats say no more than the picture does, so a denoiser
 that is trained on them always samples the same average. *Ours* also accepts further views: it is
@@ -18,7 +18,7 @@ from torch import nn
 
 from model import (ModelConfig, UNet, canonical, group_norm, load_checkpoint, load_network,
                    splats_to_gaussians)
-from rasterize import reading, render
+from rasterize import fail, reading, render
 
 
 class Encoder(nn.Module):
@@ -85,8 +85,8 @@ class Teacher(nn.Module):
 
 
 def can_be_told(teacher, code):
-    """A teacher without a code -> one with a code of `code` numbers. With a code of zeros it stays
-    the given teacher to the last bit, because only the layers that read the code are trained."""
+    """A teacher without a code -> one with a code of `code` numbers. Only the layers that make and
+    read the code are trained, so with a code of zeros it stays the given teacher, bit for bit."""
     told = Teacher(replace(teacher.cfg, code=code))
     told.load_state_dict(teacher.state_dict(), strict=False)
     for name, x in told.named_parameters():
@@ -108,11 +108,16 @@ def splat_statistics(batches):
     return torch.stack([mean, std]).float()
 
 
-def load_teacher(path, near, far):
-    """teacher.pt of train.py, or a checkpoint of Splatter Image -> Teacher."""
-    if "network" in load_checkpoint(path, []):
-        return load_network(path, Teacher)[0]
-    return load_splatter_image(path, near, far)
+def given_teacher(path, size, code, near, far):
+    """A teacher.pt of train.py, or a checkpoint of Splatter Image -> Teacher, of this size and any
+    other shape. If `code` is not 0, it can be told a code of so many numbers."""
+    if "network" in load_checkpoint(path):
+        given, _ = load_network(path, Teacher)
+    else:
+        given = load_splatter_image(path, near, far)
+    if given.cfg.size != size or (code and given.cfg.code not in (0, code)):
+        fail(f"{path}: a {given.cfg}, but these flags need size={size}, code={code}")
+    return can_be_told(given, code) if code and not given.encoder else given
 
 
 # ---- Splatter Image's released weights -----------------------------------------------------------
@@ -125,8 +130,8 @@ UNUSED = ("ray_dirs", "sh_to_v_transform", "v_to_sh_transform",   # constants th
 def load_splatter_image(path, near, far):
     """model_<category>.pth of Splatter Image -> Teacher of the shape of these weights. near, far:
     world units, of the category; the file does not say."""
-    theirs = load_checkpoint(path, ["model_state_dict"])["model_state_dict"]
     with reading(path, "Splatter Image with one input view, offsets and SH of degree 1"):
+        theirs = load_checkpoint(path)["model_state_dict"]
         state = {re.sub(PREFIX, "", k): x for k, x in theirs.items() if not k.endswith(UNUSED)}
         blocks = [k.split(".")[1] for k in state if re.match(r"enc\..*block\d+\.conv0\.weight", k)]
         res = sorted({int(k.split("x")[0]) for k in blocks}, reverse=True)    # the finest first

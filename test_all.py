@@ -5,7 +5,6 @@ tiny, seeds fixed, comparisons elementwise. Tests of CUDA skip where there is no
 samples skip where these are not at hand.
 """
 import base64
-import importlib.util
 import io
 import itertools
 import json
@@ -38,13 +37,13 @@ import rasterize
 import sample
 import toys.cars
 import train
-from csrc.bench import benchmark_scene, gsplat
+from csrc.bench import benchmark_scene, random_views
 from model import (RHO, T, T_STAR, S, Denoiser, ModelConfig, add_noise, alpha_bar, canonical,
                    ddim_step, denoise, denormalise, lambda_t, load_checkpoint, load_network,
                    normalise, save_network, signal_noise, splats_to_gaussians, write_atomically)
 from rasterize import (ALPHA_MAX, C0, C1, LOW_PASS, NEAR, Camera, Gaussians, invert_pose,
                        matrix_to_quat, quat_to_matrix, render, transform)
-from teacher import Teacher, can_be_told, load_splatter_image, load_teacher, splat_statistics
+from teacher import Teacher, can_be_told, given_teacher, load_splatter_image, splat_statistics
 from toys import controls
 
 HERE = Path(__file__).resolve().parent
@@ -73,12 +72,12 @@ class Painter(NamedTuple):
     def takes(self, *scene):
         return [x.to(self.device, self.dtype) for x in scene]
 
-    def __call__(self, g, cam, background, near=NEAR, d_out=None):
-        """-> (rgb, alpha, depth), gradients of g and background under d_out or fixed random
-        cotangents: all in float64 on the CPU."""
+    def __call__(self, g, cam, background, d_out=None):
+        """-> (rgb, alpha, depth), gradients of g under d_out or fixed random cotangents: all in
+        float64 on the CPU."""
         g, cam, background = self.takes(g, cam, background)
-        leaves = [x.detach().clone().requires_grad_() for x in (*g, background)]
-        out = render(Gaussians(*leaves[:5]), cam, leaves[5], near, self.backend)
+        leaves = [x.detach().clone().requires_grad_() for x in g]
+        out = render(Gaussians(*leaves), cam, background, self.backend)
         rng = torch.Generator().manual_seed(1)
         d_out = d_out or [torch.randn(x.shape, generator=rng, dtype=torch.float64) for x in out]
         d_out = [torch.as_tensor(d).to(x).expand_as(x) for d, x in zip(d_out, out)]
@@ -162,24 +161,6 @@ def assert_close_but_for_flips(mine, theirs, tolerance, fraction=1e-4):
 
 # ---- one and a few Gaussians ---------------------------------------------------------------------
 
-BACKGROUNDS = torch.tensor([[[0., 0, 0]], [[1, 1, 1]], [[.1, .7, .3]]]).double()   # (3, 1, rgb)
-
-
-@every_painter
-def test_one_centred_gaussian_is_the_closed_form(painter):
-    """Against alpha = o exp(-r^2 / 2 s2), s2 = (scale f / z)^2 + 0.3, zero below 1/255."""
-    g, cam = one_gaussian()
-    y, x = torch.meshgrid(torch.arange(9.) - 4, torch.arange(9.) - 4, indexing="ij")
-    a = 0.8 * torch.exp(-(x * x + y * y).double() / (2 * ((.1 * 20 / 2) ** 2 + LOW_PASS)))
-    a = torch.where(a >= 1 / 255, a, 0).view(1, 1, 1, 9, 9)
-    colour = (0.5 + C0 * g.sh[0, 0, 0])[:, None, None]
-    assert (a == 0).any()
-    for background in BACKGROUNDS:
-        images, _ = painter(g, cam, background)
-        assert_same(images, [a * colour + (1 - a) * background[0, :, None, None], a, 2 * a],
-                    painter.image)
-
-
 def turned_scene(centres, scale, hw):
     """Gaussians with those x/z, y/z, z, turned every way, before a turned camera with fx != fy."""
     rng = torch.Generator().manual_seed(0)
@@ -246,21 +227,14 @@ def flat(opacity, z=2., rgb=(.9, .5, .2)):
 
 
 @every_painter
-def test_equal_depths_are_drawn_by_index_and_ten_times_alike(painter):
-    """Against the blend in the order of the list, though another one is nearer; and itself."""
+def test_equal_depths_are_drawn_by_index(painter):
+    """Against the blend in the order of the list, though another one is nearer."""
     cam, behind, red, green = flat(0.)[1], *[flat(0.5, z, rgb)[0] for z, rgb in (
         (2.5, (0, 0, 1)), (2, (1, 0, 0)), (2, (0, 1, 0)))]
     for g, expect in ((join(behind, red, green), (.5, .25, .125)),
                       (join(green, red, behind), (.25, .5, .125))):
         rgb = painter(g, cam, torch.zeros(1, 3))[0][0].flatten()
         torch.testing.assert_close(rgb, torch.tensor(expect).double(), rtol=0, atol=1e-6)
-    g, cam = benchmark_scene(1, 1, 200, 16)
-    g.xyz[..., 2], cam.w2c[:] = 1.3, torch.eye(4)
-    images, d = painter(g, cam, torch.ones(1, 3))
-    for _ in range(9):
-        again, d_again = painter(g, cam, torch.ones(1, 3))
-        assert_same(again, images, 0)
-        assert_same(d_again, d, 1e-5 if painter.backend == "cuda" else 0)   # atomics
 
 
 @every_painter
@@ -270,7 +244,7 @@ def test_opacity_counts_from_1_255_to_0_99(painter, o, gradient):
     """Against alpha = o with gradient 1; beyond either end every gradient is exactly 0."""
     (_, alpha, _), d = painter(*flat(o), torch.zeros(1, 3), d_out=(0, 1, 0))
     assert abs(alpha.item() - (min(o, ALPHA_MAX) if o >= 1 / 255 else 0)) < 3e-7
-    assert abs(d[3].item() - gradient) < 1e-5 and (gradient or not any(x.any() for x in d[:5]))
+    assert abs(d[3].item() - gradient) < 1e-5 and (gradient or not any(x.any() for x in d))
 
 
 @every_painter
@@ -279,7 +253,7 @@ def test_of_ten_opaque_gaussians_three_are_seen_and_seven_get_exactly_no_gradien
     g = join(*[flat(0.95, 2 + k / 10)[0] for k in range(10)])
     (_, alpha, _), d = painter(g, flat(0.)[1], torch.ones(1, 3))
     assert abs(alpha.item() - (1 - 0.05 ** 3)) < 1e-6
-    assert d[3][0, :3].all() and not any(x[0, 3:].any() for x in d[:5])
+    assert d[3][0, :3].all() and not any(x[0, 3:].any() for x in d)
 
 
 @every_painter
@@ -287,24 +261,24 @@ def test_colour_ends_at_0_but_not_at_1_and_the_background_counts_once(painter):
     """Against o c + (1 - o) bg and dL/do = <c - bg, d>, of a loss that sees colour alone."""
     g, cam = flat(0.6, rgb=(-.5, .5, 1.7))
     colour, d_rgb = (0.5 + C0 * g.sh[0, 0]).clamp(min=0), torch.tensor([[.4, -1., .3]]).double()
-    for bg in BACKGROUNDS:
+    for bg in torch.tensor([[[0., 0, 0]], [[.1, .7, .3]]]).double():          # (1, rgb)
         (rgb, _, _), d = painter(g, cam, bg, d_out=(d_rgb.view(3, 1, 1), 0, 0))
         assert_same([rgb.view(1, 3)], [0.6 * colour + 0.4 * bg], painter.image)
-        assert_same([d[3][0], d[4][0, 0], d[5]], [((colour - bg) * d_rgb).sum(1), 0.6 * C0 * d_rgb
-                    * (colour > 0), 0.4 * d_rgb], painter.gradient)
+        assert_same([d[3][0], d[4][0, 0]],
+                    [((colour - bg) * d_rgb).sum(1), 0.6 * C0 * d_rgb * (colour > 0)],
+                    painter.gradient)
         assert d[4][0, 0, 0, 0] == 0
 
 
 @every_painter
-@pytest.mark.parametrize("near, z, scale, drawn, beside", [
-    (.25, -1., .1, 0, None), (.25, .25, .1, 0, None), (.25, .2501, .1, 1, None),
-    (0., 0., .1, 0, None), (0., 1e-3, .1, 1, None), (.25, 1e6, .1, 1, None),
-    (.25, 2., 0., 1, np.exp(-1 / 0.6)), (.25, 2., 1e4, 1, 1.)])
-def test_what_lies_beyond_near_is_drawn_however_far_and_of_any_size(painter, near, z, scale, drawn,
+@pytest.mark.parametrize("z, scale, drawn, beside", [
+    (-1., .1, 0, None), (NEAR, .1, 0, None), (NEAR + 1e-4, .1, 1, None), (1e6, .1, 1, None),
+    (2., 0., 1, np.exp(-1 / 0.6)), (2., 1e4, 1, 1.)])
+def test_what_lies_beyond_near_is_drawn_however_far_and_of_any_size(painter, z, scale, drawn,
                                                                     beside):
     """Against o and o z at its centre, and o by the low-pass beside it; gradients are finite."""
     g, cam = one_gaussian(xyz=(0., 0, z), scale=(scale,) * 3)
-    (rgb, alpha, depth), d = painter(g, cam, torch.ones(1, 3), near=near)
+    (rgb, alpha, depth), d = painter(g, cam, torch.ones(1, 3))
     middle = torch.stack([alpha, depth])[..., 4, 4].flatten()
     torch.testing.assert_close(middle, drawn * torch.tensor([.8, .8 * z]).double(), rtol=1e-6,
                                atol=0)
@@ -324,7 +298,7 @@ def test_no_gaussian_gives_the_background(painter):
         (rgb, alpha, depth), d = painter(g, cam, background)
         assert (rgb == background.to(painter.dtype)[:, None, :, None, None]).all()
         assert not alpha.any() and not depth.any()
-        assert not any(x.any() for x in d[:5]) and d[5].all()
+        assert not any(x.any() for x in d)
 
 
 @every_kernel   # seeds: no alpha within 1e-4 of 1/255, no light left within 1e-4 of 1e-4
@@ -347,16 +321,13 @@ def test_the_kernels_draw_the_reference(painter, case):
 @pytest.mark.parametrize("N, size", [(1025, 40), (4096, (256, 384)), (4097, 64), (16384, 128),
                                      (16385, (128, 160))])
 def test_at_full_size_float32_draws_what_float64_draws(painter, N, size):
-    """Against float64 on the CPU: the few fragments across 1/255 flip both ways."""
+    """Against float64 on the CPU."""
     scene = *benchmark_scene(2, 2, N, size), torch.ones(2, 3)
     images, gradients = cpu64(*scene)
     mine, d_mine = painter(*scene)
     for a, b in zip((*mine, *d_mine), (*images, *gradients)):
         assert_close_but_for_flips(a, b, 1e-4 if a.dim() == 5 else 1e-3, 1e-3)
-    off = mine[1] - images[1]
-    assert off.abs().max() <= 1 / 255 + 1e-4
-    flips = off[off.abs() > 1e-4].sign()
-    assert flips.sum().abs() <= 4 * len(flips) ** 0.5
+    assert (mine[1] - images[1]).abs().max() <= 1 / 255 + 1e-4                # alpha
 
 
 @float_kernels
@@ -376,20 +347,14 @@ def test_gradients_of_needles_survive_float32(painter, length, d_out):
 @every_kernel
 @pytest.mark.parametrize("B, V", [(1, 1), (1, 3), (32, 4), (43, 3)])
 def test_a_batch_equals_one_call_per_image(painter, B, V):
-    """Against B V single renders: every bit of the images, the sums of the gradients."""
+    """Against B V single renders, every bit."""
     g, cam, background = awkward_scene(B, V, hw=(10, 12))
-    d_out = [torch.randn(B, V, c, 10, 12, generator=torch.Generator().manual_seed(c))
-             for c in (3, 1, 1)]
-    images, d = painter(g, cam, background, d_out=d_out)
-    for b in range(B):
-        one = [painter(Gaussians(*[x[b:b + 1] for x in g]),
-                       Camera(cam.w2c[b:b + 1, v:v + 1], cam.K[b:b + 1, v:v + 1], cam.hw),
-                       background[b:b + 1], d_out=[x[b:b + 1, v:v + 1] for x in d_out])
-               for v in range(V)]
-        for v in range(V):
-            assert_same([x[b:b + 1, v:v + 1] for x in images], one[v][0], 0)
-        assert_same([x[b:b + 1] for x in d], [sum(x) for x in zip(*[y for _, y in one])],
-                    painter.gradient / (1 if painter is cuda else 10))   # atomics, and a needle
+    images, _ = painter(g, cam, background)
+    for b, v in np.ndindex(B, V):
+        one, _ = painter(Gaussians(*[x[b:b + 1] for x in g]),
+                         Camera(cam.w2c[b:b + 1, v:v + 1], cam.K[b:b + 1, v:v + 1], cam.hw),
+                         background[b:b + 1])
+        assert_same([x[b:b + 1, v:v + 1] for x in images], one, 0)
 
 
 @needs_kernel
@@ -414,37 +379,30 @@ def test_the_number_of_threads_changes_no_bit(V):
 def test_inputs_may_be_strided_and_gradients_partial(painter):
     """Against contiguous inputs and all gradients at once; a second derivative is refused."""
     scene = painter.takes(*awkward_scene(B=1))
-    full = [painter(*scene, d_out=[0.25 * (i == j) for i in range(3)]) for j in range(3)]
-    planar = [x.movedim(1, -1).contiguous().movedim(-1, 1) for x in scene[0]] + [scene[2]]
+    images, gradients = painter(*scene, d_out=[0.25, 0, 0])
+    planar = [x.movedim(1, -1).contiguous().movedim(-1, 1) for x in scene[0]]
     assert not planar[0].is_contiguous()
-    for k in range(6):
+    for k in range(5):
         x = [x.detach().requires_grad_(j == k) for j, x in enumerate(planar)]
-        out = render(Gaussians(*x[:5]), scene[1], x[5], backend=painter.backend)
-        assert_same([a.detach().double().cpu() for a in out], full[0][0],
+        out = render(Gaussians(*x), *scene[1:], backend=painter.backend)
+        assert_same([a.detach().double().cpu() for a in out], images,
                     1e-12 if painter is reference else 0)
-        for j in range(3):
-            d, = torch.autograd.grad(0.25 * out[j].sum(), x[k], retain_graph=True)
-            assert_same([d.double().cpu()], [full[j][1][k]],   # atomics, and a needle
-                        painter.gradient / (1 if painter is cuda else 10))
+        d, = torch.autograd.grad(0.25 * out[0].sum(), x[k], retain_graph=True)
+        assert_same([d.double().cpu()], [gradients[k]],            # atomics, and a needle
+                    painter.gradient / (1 if painter is cuda else 10))
     if painter is not reference:
-        d, = torch.autograd.grad(out[0].square().sum(), x[5], create_graph=True)
+        d, = torch.autograd.grad(out[0].square().sum(), x[4], create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):
             d.sum().backward()
 
 
 @float_kernels
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_and_autocast_draw_in_float32(painter, dtype):
+def test_low_precision_is_drawn_in_float32(painter):
     """Against the same numbers given as float32, bit for bit."""
     g, cam = benchmark_scene(1, 1, 30, 16, painter.device)
-    half = g.to(dtype)
-    expect = render(half.to(torch.float32), cam, (1., 1., 1.))
-    half.xyz.requires_grad_()
-    with torch.autocast(painter.device, dtype=dtype):
-        out = render(half, cam, (1., 1., 1.))
-    assert_same([x.detach() for x in out], expect, 0)
-    d, = torch.autograd.grad(out[0].sum(), half.xyz)
-    assert d.dtype == dtype and d.isfinite().all() and d.any()
+    half = g.to(torch.bfloat16)
+    assert_same(render(half, cam, (1., 1., 1.)), render(half.to(torch.float32), cam, (1., 1., 1.)),
+                0)
 
 
 @pytest.mark.parametrize("painter", [REFERENCE, CPU64])
@@ -453,10 +411,10 @@ def test_gradients_agree_with_finite_differences(painter, degree):
     """Against central differences in float64: of the reference, and of the kernel's own header."""
     g, cam, background = awkward_scene(B=1, V=2, N=4, hw=(5, 7), degree=degree, seed=3)
     g = g._replace(scale=3 * g.scale)
-    leaves = [x.requires_grad_() for x in (*g, background)]
+    leaves = [x.requires_grad_() for x in g]
     weights = torch.randn(5, 5, 7, generator=torch.Generator().manual_seed(0)).double()
     def weighted_sums(*x):   # of rgb, alpha and depth; one backward each instead of one per pixel
-        out = render(Gaussians(*x[:5]), cam, x[5], backend=painter.backend)
+        out = render(Gaussians(*x), cam, background, backend=painter.backend)
         return [(a * w).sum() for a, w in zip(out, weights.split([3, 1, 1]))]
     assert torch.autograd.gradcheck(weighted_sums, leaves, eps=1e-7, atol=1e-6, rtol=1e-5)
 
@@ -487,8 +445,8 @@ def test_a_poisoned_gaussian_leaves_no_trace(painter, field, value):
         x[slice(None) if field in ("xyz", "quat") or value == 1e20 else element] = value
         images, d = painter(bad, cam, torch.ones(1, 3))
         assert_same(images, clean, 0)
-        assert_same([a[:, keep] for a in d[:5]], d_clean[:5], 1e-4 * (painter is cuda))
-        assert not any(a[:, 7].any() for a in d[:5])
+        assert_same([a[:, keep] for a in d], d_clean, 1e-4 * (painter is cuda))
+        assert not any(a[:, 7].any() for a in d)
 
 
 # ---- compiling -----------------------------------------------------------------------------------
@@ -533,39 +491,31 @@ def test_builds_survive_a_killed_one_and_each_other(tmp_path):
 
 @needs_kernel
 @pytest.mark.parametrize("device, missing, sentence", [
-    ("cpu", "mock.patch.dict('os.environ', CXX='/nonexistent')", "no C++ compiler called /nonex"),
+    ("cpu", "mock.patch.dict('os.environ', CXX='/nonexistent')", "no compiler /nonexistent"),
     ("cpu", "mock.patch('rasterize.FLAGS', ['-include', 'no_such_header.h'])", "no_such_header.h"),
-    ("cuda", "mock.patch.multiple('torch.cuda', is_available=lambda: True, "
-     "get_device_capability=lambda: (9, 0)), "
-     "mock.patch('torch.utils.cpp_extension.CUDA_HOME', None)",
-     "no CUDA compiler nvcc (CUDA_HOME can name"),
     ("mps", "mock.patch('shutil.which')", "csrc/ has no kernel for mps"),
-], ids=["compiler", "what the compiler says", "nvcc", "another device"])
+], ids=["compiler", "what the compiler says", "another device"])
 def test_what_is_missing_to_compile_is_named(device, missing, sentence, tmp_path):
     """Against one sentence; "auto" prints it once and draws with the reference."""
     code, env = smallest_csrc(tmp_path)
-    said = run_python(code + f"""import torch.utils.cpp_extension
+    said = run_python(code + f"""
 with {missing}:
     assert rasterize.choose("auto", {device!r}) is rasterize.choose("auto", {device!r}) is None
     rasterize.choose({device!r}, {device!r})""", **env).communicate()[0]
-    assert f"the {device} backend cannot be built: " in said and sentence in said, said
+    assert "Error" in said and sentence in said, said
     assert said.count("drawing with the PyTorch reference, which is slow, because ") == 1, said
 
 
-@pytest.mark.parametrize("field, shape", [("xyz", (1, 4, 4)), ("scale", (1, 3, 3)),
-                                          ("quat", (1, 4, 3)), ("opacity", (1, 4, 1)),
-                                          ("sh", (1, 4, 2, 3)), ("K", (1, 2, 4)),
-                                          ("w2c", (2, 1, 4, 4))])
-def test_shapes_that_do_not_fit_are_refused_by_name(field, shape):
-    """Against the sentence, before any kernel reads beyond a tensor's end; so is a backend."""
+@pytest.mark.parametrize("field, shape", [("scale", (1, 3, 3)), ("opacity", (1, 4, 1)),
+                                          ("sh", (1, 4, 2, 3)), ("K", (1, 2, 4))])
+def test_shapes_that_do_not_fit_are_refused(field, shape):
+    """Against an error, before any kernel reads beyond a tensor's end; so is a backend."""
     g, cam = benchmark_scene(1, 1, 4, 8)
     with pytest.raises(ValueError, match="'fast': Gaussians on cpu need auto, cpu or"):
         render(g, cam, (1., 1., 1.), backend="fast")
-    if field in g._fields:
-        g = g._replace(**{field: torch.ones(shape)})
-    else:
-        cam = cam._replace(**{field: torch.ones(shape)})
-    with pytest.raises(ValueError, match=rf"do not fit together.*{field} \[{shape[0]}, {shape[1]}"):
+    g, cam = [x._replace(**{field: torch.ones(shape)}) if field in x._fields else x
+              for x in (g, cam)]
+    with pytest.raises(ValueError, match="do not fit together"):
         render(g, cam, (1., 1., 1.))
 
 
@@ -578,8 +528,8 @@ def test_a_captured_call_replays_with_new_numbers_and_nothing_waits_for_the_devi
     g, cam = benchmark_scene(2, 2, N, 24, "cuda")
     d_out = [torch.rand(2, 2, c, 24, 24, device="cuda") for c in (3, 1, 1)]
     def step(*inputs):
-        leaves = [x.detach().requires_grad_() for x in inputs]
-        out = render(Gaussians(*leaves[:5]), cam, leaves[5])
+        leaves = [x.detach().requires_grad_() for x in inputs[:5]]
+        out = render(Gaussians(*leaves), cam, inputs[5])
         return [x.detach() for x in out] + list(torch.autograd.grad(out, leaves, d_out))
     captured = rasterize.Captured(step)
     for k in range(6):
@@ -594,24 +544,6 @@ def test_a_captured_call_replays_with_new_numbers_and_nothing_waits_for_the_devi
         assert_same(mine[:3], expect[:3], 0)
         for a, b in zip(mine[3:], expect[3:]):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item())
-
-
-@needs_cuda
-@pytest.mark.skipif(not importlib.util.find_spec("gsplat"), reason="gsplat is not installed")
-@pytest.mark.parametrize("B, V, N, size", [(4, 4, 16384, 128), (1, 3, 196608, (256, 384))])
-def test_gsplat_draws_the_same_image(B, V, N, size):
-    """Against gsplat: rgb and alpha, then every gradient, where the conventions are the same."""
-    g, cam = benchmark_scene(B, V, N, size, "cuda")
-    g = g._replace(sh=g.sh[:, :, :1].clone(), opacity=g.opacity.clamp(max=0.98))   # see bench.py
-    background = torch.ones(B, 3, device="cuda")
-    leaves = [x.requires_grad_() for x in g]
-    out = render(Gaussians(*leaves), cam, background)[:2]
-    peer = gsplat(Gaussians(*leaves), cam, background, 16)[:2]
-    d_out = [torch.rand_like(x) for x in out]
-    for a, b in zip(out, peer):
-        assert_close_but_for_flips(a.detach(), b.detach(), 1e-4)
-    for a, b in zip(*[torch.autograd.grad(x, leaves, d_out) for x in (out, peer)]):
-        assert_close_but_for_flips(a, b, 1e-3)
 
 
 # ---- data.py -------------------------------------------------------------------------------------
@@ -1222,17 +1154,6 @@ def test_denoise_recovers_an_oracle_exactly(steps):
     assert torch.equal(levels[0], t) and (torch.stack(levels).diff(dim=0) <= 0).all()
 
 
-def test_a_splat_without_offset_projects_to_the_centre_of_its_pixel():
-    """Against the pixel grid, for an off-centre camera with fx != fy."""
-    raw, K = random_splats(), torch.tensor([[20., 25., 7., 9.]]).expand(2, 4)
-    raw[:, 1:4] = 0
-    x, y, z = splats_to_gaussians(raw, K, 0.8, 1.8).xyz.unbind(-1)            # (2, 256)
-    column, row = torch.arange(256) % 16, torch.arange(256) // 16
-    assert torch.allclose(20 * x / z + 7, column + 0.5, atol=1e-4)
-    assert torch.allclose(25 * y / z + 9, row + 0.5, atol=1e-4)
-    assert (z > 0.8).all() and (z < 1.8).all()
-
-
 def test_statistics_make_the_teachers_splats_standard_and_normalise_is_invertible():
     """Against zero mean and unit deviation per channel, and the splats before."""
     torch.manual_seed(0)
@@ -1280,11 +1201,6 @@ def test_a_warm_start_is_the_teacher_told_nothing_whatever_the_noise(theirs, min
         assert not torch.allclose(want, teacher(x[:, None]))
 
 
-def guide_to_1(s_hat):
-    """Splats should be 1."""
-    return (s_hat - 1).square().mean((1, 2, 3))                               # (B,)
-
-
 def test_guidance_pulls_every_step_but_the_last_down_its_slope_through_the_denoiser():
     """Against the closed form for D(s_t) = c s_t with c < 0, where the slope by s_t has another
     sign than the slope by s_hat; without a guide the steps are DDIM's, to the bit."""
@@ -1293,7 +1209,7 @@ def test_guidance_pulls_every_step_but_the_last_down_its_slope_through_the_denoi
     def oracle(s_t, now, x_src):
         seen.append(s_t.detach())
         return c * s_t
-    for guide in (None, guide_to_1):
+    for guide in (None, lambda s_hat: (s_hat - 1).square().mean((1, 2, 3))):
         seen.clear()
         steps = list(denoise(oracle, x, t, None, 3, guide))
         s_t = x
@@ -1306,13 +1222,6 @@ def test_guidance_pulls_every_step_but_the_last_down_its_slope_through_the_denoi
                 slope = c * (c * seen[k] - 1)                                 # but for its size
                 slope = slope / slope.square().mean((1, 2, 3), keepdim=True).sqrt()
                 s_t = s_t - RHO * signal_noise(then)[1] * slope
-    torch.manual_seed(0)   # it reaches no weight, and needs no gradients around it
-    denoiser, x_src = Denoiser(TINY), torch.rand(2, 3, 16, 16)
-    a = denoiser.sample(x_src, random_splats(), 3, guide_to_1)
-    with torch.no_grad():
-        b = denoiser.sample(x_src, random_splats(), 3, guide_to_1)
-    assert torch.equal(a, b) and all(p.grad is None for p in denoiser.parameters())
-    assert not torch.equal(b, denoiser.sample(x_src, random_splats(), 3))
 
 
 def released(unet, path):
@@ -1363,9 +1272,7 @@ def test_released_weights_are_read_and_what_does_not_fit_is_named(tmp_path):
     del state["network_with_offset.encoder.dec.8x8_in0.norm2.weight"]
     named = r'Missing.*"dec.8x8_in0.norm2.weight".*Unexpected.*"new".*mismatch for out.bias.*21.*24'
     for flawed, said in [(dict(model_state_dict=state), named),
-                         (dict(model_state_dict={"a": torch.ones(1)}), "not Splatter Image"),
                          (dict(state=state), "KeyError 'model_state_dict'"),
-                         (torch.ones(3), "not a checkpoint"),
                          (dict(model_state_dict=torch.ones(3)), "not Splatter Image")]:
         torch.save(flawed, path)
         with pytest.raises(SystemExit, match=said) as stop:
@@ -1384,7 +1291,7 @@ def test_a_teacher_learns_to_be_told_and_told_nothing_stays_the_same_to_the_bit(
     learns = {name for name, p in told.named_parameters() if p.requires_grad}
     assert learns == {name for name in before if name.startswith("encoder.")
                       or name.startswith("unet.dec.") and name.endswith("affine.weight")}
-    cfg = train.Config(code=4, told=3, views=2, device="cpu")
+    cfg = train.Config(size=16, code=4, told=3, views=2, device="cpu")
     step, _ = train.make_step(cfg, 0, told, None, white)
     for k in range(4):
         assert torch.equal(told(x[:, :1]), given(x[:, :1]))
@@ -1397,20 +1304,17 @@ def test_a_teacher_learns_to_be_told_and_told_nothing_stays_the_same_to_the_bit(
 
 
 def test_the_code_follows_what_the_further_views_show():
-    """Against 0 without further views, other views, and another order; splats follow it."""
+    """Against 0 without further views, and the codes of other views and of another order."""
     torch.manual_seed(0)
     teacher, (x, cam, white) = Teacher(TOLD), scene_batch(views=4)
     shake(teacher)
     x, y = [nearly_right(teacher, x, cam, white, seed) for seed in (0, 1)]
     order = [0, 3, 1, 2]
-    moved = Camera(cam.w2c[:, order], cam.K[:, order], cam.hw)
-    with torch.no_grad():
-        nothing = teacher.code(x[:, :1], cam, white)
-        a, b, c = [teacher.code(*z, white) for z in ((x, cam), (y, cam), (x[:, order], moved))]
-        splats = [teacher(x[:, :1]), teacher(x, cam, white), teacher(y, cam, white)]
-    assert torch.equal(nothing, torch.zeros(2, 4)) and torch.allclose(a, c, atol=1e-4)
-    assert all(code.shape == (2, 4) and 0.01 < code.abs().max() <= 1 for code in (a, b))
-    assert (a - b).abs().amax(1).min() > 0.01
+    assert torch.equal(teacher.code(x[:, :1], cam, white), torch.zeros(2, 4))
+    a, b, c = [teacher.code(*z, white)
+               for z in ((x, cam), (y, cam), (x[:, order], cam.views(order)))]
+    assert torch.allclose(a, c, atol=1e-4) and (a - b).abs().amax(1).min() > 0.01
+    splats = [teacher(z, cam, white) for z in (x[:, :1], x, y)]
     for p, q in itertools.combinations(splats, 2):
         assert (p - q).abs().amax((1, 2, 3)).min() > 1e-3
 
@@ -1454,7 +1358,7 @@ def test_a_stage_returns_finite_losses_and_trains_only_the_student(stage, shape)
     x = nearly_right(teacher, x, cam, white)
     before = deepcopy(teacher.state_dict())
     cfg = train.Config(size=16, steps=3, code=shape.code, told=3, views=2)
-    lose = lambda cfg=cfg: (train.stage_1, train.stage_2)[stage - 1](
+    lose = lambda: (train.stage_1, train.stage_2)[stage - 1](
         denoiser, teacher, x, cam, white, torch.tensor([30, 99]), random_splats(), cfg)
     losses = lose()
     losses["loss"].backward()
@@ -1465,11 +1369,8 @@ def test_a_stage_returns_finite_losses_and_trains_only_the_student(stage, shape)
     want = w * losses["loss_3dgs"] + losses["loss_image"] + cfg.w_cyc * losses["loss_cyc"]
     assert ("loss_code" in losses) == (stage == 1 and shape.code > 0)
     torch.testing.assert_close(losses["loss"], want + cfg.w_code * losses.get("loss_code", 0))
-    assert "loss_cyc" not in lose(train.replace(cfg, w_cyc=0.0))
     x[:, 2:] = x[:, 2:].flip(1)                                               # tell something else
-    again = lose()
-    assert (again["loss_3dgs"] == losses["loss_3dgs"]) == (not shape.code)
-    assert (again["loss_image"] == losses["loss_image"]) == (not shape.code)
+    assert (lose()["loss_image"] == losses["loss_image"]) == (not shape.code)
 
 
 def test_half_of_a_batch_is_told_and_the_views_that_tell_are_not_judged():
@@ -1519,12 +1420,10 @@ def test_the_weights_of_noise_levels_average_to_one():
 def test_flags_have_the_types_of_config(capsys):
     """Against Config: --clip=1 is a float, --mult a tuple, a bare switch is true."""
     cfg = train.parse(["--clip=1", "--mult", "(1,2)", "--eval_only", "--out=o", "--device=cpu"])
-    assert (cfg.clip, cfg.mult, cfg.eval_only, cfg.out) == (1.0, (1, 2), True, "o")
-    assert type(cfg.clip) is float
+    assert (cfg.mult, cfg.eval_only, cfg.out) == ((1, 2), True, "o") and type(cfg.clip) is float
     paper = train.parse(["--paper", "--dataset", "chairs", "--size=64", "--device=cpu"])
-    assert (paper.code, paper.size) == (0, 64) and train.parse(["--device=cpu"]).code > 0
-    assert paper.iters == (1_000_001, 100_000, 20_000) and paper.batch == (8, 100, 10)
-    assert train.parse(["--dataset=a/b/", "--device=cpu"]).out == "out/b"
+    assert (paper.code, paper.size, paper.batch) == (0, 64, (8, 100, 10))
+    assert paper.iters == (1_000_001, 100_000, 20_000) and paper.out == "out/chairs"
     with pytest.raises(SystemExit):
         train.parse(["--help"])
     said = capsys.readouterr().out
@@ -1533,25 +1432,22 @@ def test_flags_have_the_types_of_config(capsys):
 
 @pytest.mark.parametrize("flag", [
     "--mult=()", "--mult=(1,2,'a')", "--mult=2", "--mult=(1,0)", "--batch=(-2,2,2)",
-    "--batch=(2,2)", "--width=9", "--width=72", "--width=2**70", "--lr=('a','b','c')",
-    "--lr=(1e999,1,1)", "--iters=(1.5,1,1)", "--iters=(True,1,1)",
-    "--seed=12345678901234567890123", "--seed=-1", "--clip=nan", "--ema=2", "--bf16=2", "--steps=0", "--size=", "--told=[]", "--t_known=100"])
+    "--batch=(2,2)", "--width=9", "--width=2**70", "--lr=(1e999,1,1)", "--iters=(1.5,1,1)",
+    "--seed=-1", "--clip=nan", "--bf16=2", "--steps=0", "--size=", "--told=[]", "--t_known=100"])
 def test_flags_out_of_range_get_one_line_that_names_them(flag):
-    """Against the table of ranges and the types of the defaults; 9 channels make no groups."""
+    """Against the least values and the types of the defaults."""
     with pytest.raises(SystemExit, match=rf"error: .*{flag.split('=')[0]}") as stop:
         train.parse(["--device=cpu", flag])
     assert "\n" not in str(stop.value)
 
 
 @pytest.mark.parametrize("change", [
-    lambda c: {k.replace("state", "_orig_mod.state"): x for k, x in c.items()},
     lambda c: dict(c, state={f"_orig_mod.{k}": x for k, x in c["state"].items()}),
     lambda c: dict(c, config=dict(c["config"], flavour=1)),
     lambda c: dict(c, config=dict(c["config"], mult=3)),
-    lambda c: dict(c, state=dict(list(c["state"].items())[1:])),
-    lambda c: dict(c, state=torch.ones(1)), lambda c: torch.ones(1), lambda c: [c]])
+    lambda c: dict(c, state=torch.ones(1)), lambda c: torch.ones(1)])
 @pytest.mark.parametrize("read", [lambda path: load_network(path, Teacher),
-                                  lambda path: load_teacher(path, 0.8, 1.8)])
+                                  lambda path: given_teacher(path, 16, 0, 0.8, 1.8)])
 def test_odd_checkpoints_get_one_line_that_names_the_file(tmp_path, change, read):
     """Against a file of save_network, changed in one thing."""
     path = tmp_path / "teacher.pt"
@@ -1564,7 +1460,7 @@ def test_odd_checkpoints_get_one_line_that_names_the_file(tmp_path, change, read
 
 
 def test_the_state_of_another_kind_of_run_is_refused(trained, cars, tmp_path):
-    """Against resume.pt without the network, of other shapes, of plain tensors; the file stays."""
+    """Against resume.pt without the network, of other shapes, of plain tensors."""
     args = *SMALL, f"--root={cars}", f"--out={tmp_path}"
     script("train", *args, "--max_steps=2", ok=False)
     path = tmp_path / "resume.pt"
@@ -1572,25 +1468,19 @@ def test_the_state_of_another_kind_of_run_is_refused(trained, cars, tmp_path):
     for change in ({"network": None}, {"network": {"a": torch.ones(1)}}, {"about": torch.ones(2)},
                    {"optimiser": {}}):
         torch.save(state | change, path)
-        before = path.read_bytes()
         said = script("train", *args, ok=False)
         assert f"error: {path}: not " in said and "Traceback" not in said
-        assert path.read_bytes() == before
 
 
 def small_step(device, stages=(0, 1, 2), count=20, **flags):
     """-> losses of `count` steps of these stages on random images, by make_step."""
-    given = dict(size=16, width=16, mult=(1, 2), attn=8, batch=(4, 4, 2), views=2, told=1, steps=3,
-                 device=device, **flags)
-    cfg = train.Config(**given)
+    cfg = train.Config(size=16, mult=(1, 2), batch=(4, 4, 2), views=2, told=1, steps=3,
+                       device=device, **flags)
     shape = ModelConfig(16, 16, (1, 2), 1, 8, code=cfg.code)
-    g, cam = benchmark_scene(4, 2, 1, 16)
-    images = torch.randint(256, (8, 3, 16, 16), generator=torch.Generator().manual_seed(0))
-    views = data.Views(images.byte(), invert_pose(cam.w2c).flatten(0, 1), cam.K.flatten(0, 1),
-                       torch.arange(5) * 2, [""] * 4, dict(size=16)).to(device)
     losses = []
     for stage in stages:
         torch.manual_seed(0)
+        views = random_views(cfg)
         network = (Denoiser if stage else Teacher)(shape).to(device)
         teacher = Teacher(shape).to(device).requires_grad_(False)
         step, _ = train.make_step(cfg, stage, network, teacher, torch.ones(3, device=device))
@@ -1621,11 +1511,10 @@ def test_a_captured_step_trains_like_an_eager_one(bf16, compiled, code):
 def test_a_gradient_that_is_no_number_changes_no_weight():
     """Against the weights before, of the network and of Adam; the next step trains again."""
     torch.manual_seed(0)
-    network = Teacher(ModelConfig(16, 16, (1, 2), 1, 8))
-    cfg = train.Config(device="cpu", code=0)
-    step, optimiser = train.make_step(cfg, 0, network, None, torch.ones(3))
-    _, cam = benchmark_scene(2, 2, 1, 16)
-    x, rest = torch.rand(2, 2, 3, 16, 16), (cam.w2c, cam.K, None, None, torch.tensor(1e-3))
+    network, (x, cam, white) = Teacher(TINY), scene_batch(views=2)
+    cfg = train.Config(size=16, device="cpu", code=0)
+    step, optimiser = train.make_step(cfg, 0, network, None, white)
+    rest = cam.w2c, cam.K, None, None, torch.tensor(1e-3)
     def state():
         return [v.clone() for v in network.parameters()] + [
             v.clone() for s in optimiser.state.values() for v in s.values()]
@@ -1633,8 +1522,8 @@ def test_a_gradient_that_is_no_number_changes_no_weight():
     before = state()
     bad = x.clone()
     bad[0, 1, 0, 3, 3] = torch.nan
-    assert step(bad, *rest)[2] == 1 and all(map(torch.equal, before, state()))
-    assert step(x, *rest)[2] == 0 and not any(map(torch.equal, before[:3], state()))
+    assert step(bad, *rest)[1].isnan() and all(map(torch.equal, before, state()))
+    assert step(x, *rest)[1].isfinite() and not any(map(torch.equal, before[:3], state()))
 
 
 # ---- sample.py: how good they are ----------------------------------------------------------------
@@ -1888,7 +1777,7 @@ def test_a_teacher_is_trained_on(trained, cars, tmp_path):
         old, new = (load_network(folder / "teacher.pt", Teacher)[0].state_dict()
                     for folder in (trained[0], tmp_path / str(lr)))
         assert all(torch.equal(old[k], new[k]) for k in old) == same
-    assert "width=8" in script("train", *flags, "--width=16", ok=False).splitlines()[-1]
+    assert "size=16" in script("train", *flags, "--size=32", ok=False).splitlines()[-1]
     assert "code=8" in script("train", *flags, "--code=4", ok=False).splitlines()[-1]
 
 
@@ -1918,7 +1807,7 @@ def test_released_weights_take_the_place_of_stage_0_in_the_papers_recipe(cars, t
     assert {r["stage"] for r in records(tmp_path)} == {1, 2}
     assert load_network(tmp_path / "stage_2.pt", Denoiser)[0].unet.read is None
     said = script("train", *flags, "--size=32", f"--out={tmp_path}/other", ok=False)
-    assert "a ModelConfig(size=16" in said and "need a ModelConfig(size=32" in said
+    assert "a ModelConfig(size=16" in said and "need size=32" in said
 
 
 def test_a_teacher_that_is_given_is_taught_to_be_told(cars, tmp_path):
@@ -2015,7 +1904,7 @@ def test_a_killed_writer_and_a_full_disk_never_leave_half_a_checkpoint(tmp_path)
         time.sleep(float(rng.uniform(0.001, 0.05)))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        assert torch.equal(load_checkpoint(path, ["x"])["x"], tensor)
+        assert torch.equal(load_checkpoint(path)["x"], tensor)
     save = f"model.write_atomically({str(path)!r}, lambda f: torch.save(torch.ones(10**6), f))"
     full = subprocess.run(["bash", "-c", 'ulimit -f 100; exec "$@"', "_", sys.executable, "-c",
                            f"import model, torch; {save}"],
@@ -2023,7 +1912,7 @@ def test_a_killed_writer_and_a_full_disk_never_leave_half_a_checkpoint(tmp_path)
     assert full.stderr == (f"error: cannot write {path}: File too large; what was there before is "
                            "untouched\n")
     assert [*tmp_path.iterdir()] == [path]
-    assert torch.equal(load_checkpoint(path, ["x"])["x"], tensor)
+    assert torch.equal(load_checkpoint(path)["x"], tensor)
 
 
 def pictures(folder):
@@ -2153,7 +2042,7 @@ def test_sampling_writes_pictures_and_splats_and_repeats_itself(trained, cars, t
     assert a == b and all(a["sample_0.ply"] != x["sample_0.ply"] for x in (c, d))
     assert np.asarray(Image.open(tmp_path / "a" / "sample.png")).std() > 1
     assert Image.open(tmp_path / "a" / "film.webp").n_frames == 4             # noise, then a turn
-    assert "steps: 3 -> 1" in script("train", *SMALL, f"--root={cars}", f"--out={out}", "--steps=1",
+    assert "steps=3" in script("train", *SMALL, f"--root={cars}", f"--out={out}", "--steps=1",
                                      ok=False)
 
 
@@ -2490,13 +2379,13 @@ def test_bad_input_is_one_clear_line(trained, cars, tmp_path, monkeypatch):
     weights = ["--weights", out / "stage_2.pt", "--device", "cpu"]
     cases = [
         ("train", ["--epochs=3"], "--epochs"), ("train", ["--lr=fast"], "--lr"),
-        ("train", ["--size=30"], "--size=30"), ("train", ["--views=1"], "--views=1"),
+        ("train", ["--size=30"], "--size"), ("train", ["--views=1"], "--views=1"),
         ("train", ["--dataset=planes"], "planes"), ("train", ["--device=warp"], "--device=warp"),
-        ("train", ["--batch=(1,2,2)"], "--batch=(1, 2, 2)"), ("train", ["--told=0"], "--told=0"),
-        ("train", ["--iters=(0,5,0)"], "--teacher must name"),
-        ("train", ["--t_known=100"], "--t_known=100"),
+        ("train", ["--batch=(1,2,2)"], "--batch"), ("train", ["--told=0"], "--told=0"),
+        ("train", ["--iters=(0,5,0)"], "--teacher"),
+        ("train", ["--t_known=100"], "--t_known"),
         ("train", ["--graph", "--device=cpu"], "--graph"),
-        ("train", [*SMALL, f"--root={cars}", f"--out={out}", "--seed=1"], "seed: 0 -> 1"),
+        ("train", [*SMALL, f"--root={cars}", f"--out={out}", "--seed=1"], "seed=0"),
         ("train", [*SMALL, f"--root={cars}", f"--out={tmp_path}/none", "--eval_only"],
          "teacher.pt"),
         ("sample", [tmp_path / "broken.png", *weights], "broken.png"),

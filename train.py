@@ -4,13 +4,12 @@
     python train.py --dataset cars --views=6 --out=out/six   # any flag of Config below
     torchrun --standalone --nproc_per_node=2 train.py --dataset cars
 
-    stage 0   the teacher, trained by rendering alone; half of each batch tells it what the picture
-              hides (ours)
+    stage 0   the teacher, trained by rendering alone; half of a batch is told what is hidden (ours)
     stage 1   bootstrapping: predict the told teacher's splats from noised ones, and render well
     stage 2   multi-step: unroll the denoiser, render well, and leave the teacher behind
 
-After an interruption the same command goes on, and every number comes out the same. The paper's own
-recipe, a teacher that is told nothing, is --code=0. What the paper does not say is marked *ours*.
+After an interruption the same command continues, bit for bit. The paper's own recipe, a teacher
+that is told nothing, is --code=0. What the paper does not say is marked *ours*.
 """
 import argparse
 import ast
@@ -43,7 +42,7 @@ from model import (STEPS, T, T_STAR, WEIGHTINGS, Denoiser, ModelConfig, S, add_n
                    write_atomically)
 from rasterize import Camera, Captured, choose, fail, invert_pose, reading, render
 from sample import evaluate_few, preview, score_table
-from teacher import Teacher, can_be_told, load_teacher, splat_statistics
+from teacher import Teacher, given_teacher, splat_statistics
 
 
 @dataclass
@@ -52,13 +51,12 @@ class Config:
     dataset: str = "cars"        # cars, chairs, hydrants, teddybears, or path/to/your/own
     paper: bool = False          # sizes and numbers of the paper and of its teacher; see PAPER
     seed: int = 0
-    teacher: str = ""            # a teacher.pt or Splatter Image's weights. If it cannot be told
-                                 # anything yet, stage 0 teaches it that and nothing else
+    teacher: str = ""            # teacher.pt or Splatter Image's file; stage 0 only adds the code
     init: str = ""               # ours: continue training this teacher.pt in stage 0
     n_train: int = 160           # procedural cars to make, if there are no real ones
     n_test: int = 20
     data_seed: int = 0           # of the procedural cars
-    # network, the same shape for teacher and student (the paper's student is smaller)
+    # network of teacher and student (the paper's student is smaller)
     size: int = 32               # pixels
     width: int = 16              # channels of the first level; see ModelConfig for these four
     mult: tuple = (1, 2, 4)
@@ -88,7 +86,7 @@ class Config:
     t_star: int = T_STAR         # stage 2 starts above this noise level (paper)
     t_known: int = T - 1         # and at most here; ours, if lower: s_t must still tell the code
     steps: int = 5               # DDIM steps unrolled in stage 2 and when sampling; paper: 10
-    # what follows may change when a run goes on
+    # what follows may change when a run continues
     root: str = "data"           # folder of the datasets
     out: str = ""                # results; "" is out/<dataset>
     device: str = ""             # cpu or cuda; "" takes the GPU if there is one
@@ -117,15 +115,12 @@ PAPER = dict(code=0, t_known=T - 1, size=128, width=96, mult=(1, 2, 2, 2), block
              warm_start=False, batch=(8, 100, 10), lr=(5e-5, 1e-4, 5e-5), clip=1e9, ema=0.9999,
              warmup=500, w_3dgs=1.0, w_cyc=1.0, weighting="noise", steps=STEPS, eval_views=0,
              checkpoint=True, iters=(100_000, 20_000))
-# Least and most of a flag, or of each of its numbers; of others 0 and 10**9
-LIMITS = dict.fromkeys(("log_every", "preview_every", "save_every", "told", "samples", "n_train",
-                        "n_test", "batch"), (1, 10**6)) | dict(
-    size=(1, 4096), width=(8, 4096), mult=(1, 64), blocks=(1, 100), views=(2, 1000),
-    clip=(1e-9, 1e9), ema=(0, 1), t_star=(0, T - 1), t_known=(0, T - 1), steps=(1, T - 1))
+# The least value of a flag, or of each of its numbers, where it is not 0
+LEAST = dict.fromkeys("n_train n_test size mult blocks told batch steps samples log_every "
+                      "preview_every save_every".split(), 1) | dict(width=8, views=2)
 
 RANK = int(os.environ.get("RANK", 0))              # of this process, by torchrun
 WORLD = int(os.environ.get("WORLD_SIZE", 1))       # processes
-FILES = "teacher", "stage_1", "stage_2"            # what the stages leave
 
 
 # ---- the losses ----------------------------------------------------------------------------------
@@ -138,21 +133,22 @@ def image_loss(x_hat, x):
     return (x_hat - x[:, :x_hat.shape[1]]).square().flatten(1).mean(1)
 
 
-def cycle_loss(predict, x, x_hat, cam, background, render=render):
-    """L_cyc: predict splats from the *rendered* target and look at them from the source. `predict`
-    is frozen, but gradients pass through it to the rendered view."""
+def cycle_loss(predict, x, x_hat, cam, background):
+    """L_cyc: predict splats from the *rendered* target and look at them from the source. Gradients
+    pass through the frozen `predict` to the rendered view."""
     g_cyc = predict(x_hat[:, 1].clamp(0, 1), cam.K[:, 1])             # in the target camera's frame
     to_source = invert_pose(cam.w2c[:, 1:2])                                  # (B, 1, 4, 4)
     x_src_hat, _, _ = render(g_cyc, Camera(to_source, cam.K[:, :1], cam.hw), background)
     return image_loss(x_src_hat, x).mean()
 
 
-def total(losses, **weights):
+def total(losses, w_3dgs, cfg):
     """The losses, and `loss`, their weighted sum."""
+    weights = dict(loss_3dgs=w_3dgs, loss_image=1, loss_cyc=cfg.w_cyc, loss_code=cfg.w_code)
     return dict(loss=sum(weights[k] * x for k, x in losses.items()), **losses)
 
 
-def stage_0(teacher, x, cam, background, t, eps, cfg, render=render):
+def stage_0(teacher, x, cam, background, t, eps, cfg):
     """The teacher: L = || x - R(T(x_src)) ||^2. Half of the batch is told nothing (the paper's
     teacher), the other half is told what the further views show (ours)."""
     half = len(x) // 2
@@ -182,7 +178,7 @@ def noised_teacher(denoiser, teacher, x, cam, background, t, eps, cfg):
     return s_teacher, add_noise(s_teacher, t, eps), code
 
 
-def stage_1(denoiser, teacher, x, cam, background, t, eps, cfg, render=render):
+def stage_1(denoiser, teacher, x, cam, background, t, eps, cfg):
     """Bootstrapping: L = || s - D(s_t) ||^2 + || x - R(D(s_t)) ||^2 + L_cyc through the teacher.
     Ours: + || code - what D reads off s_t ||^2."""
     s_teacher, s_t, code = noised_teacher(denoiser, teacher, x, cam, background, t, eps, cfg)
@@ -192,19 +188,16 @@ def stage_1(denoiser, teacher, x, cam, background, t, eps, cfg, render=render):
     losses = dict(loss_3dgs=F.mse_loss(s_hat, s_teacher), loss_image=image_loss(x_hat, x).mean())
     if cfg.w_cyc:
         frozen = lambda image, K: teacher.gaussians(teacher(image[:, None]), K)
-        losses["loss_cyc"] = cycle_loss(frozen, x, x_hat, cam, background, render)
+        losses["loss_cyc"] = cycle_loss(frozen, x, x_hat, cam, background)
     if cfg.code:
         losses["loss_code"] = F.mse_loss(code_hat.float(), code)
-    return total(losses, loss_3dgs=cfg.w_3dgs, loss_image=1, loss_cyc=cfg.w_cyc,
-                 loss_code=cfg.w_code)
+    return total(losses, cfg.w_3dgs, cfg)
 
 
-def stage_2(denoiser, teacher, x, cam, background, t, eps, cfg, render=render):
+def stage_2(denoiser, teacher, x, cam, background, t, eps, cfg):
     """Multi-step: L = lambda_t || x - R(D o ... o D(s_t)) ||^2 + L_cyc through the frozen student.
-    Gradients flow through every step; the teacher's splats are only the starting point.
-
-    A mean square pulls a sample to the average where s_t hides the answer. Ours: cfg.t_known keeps
-    to noise levels where it does not."""
+    Gradients flow through every step. A mean square pulls a sample to the average where s_t hides
+    the answer; ours: cfg.t_known keeps to noise levels where it does not."""
     s_teacher, s_t, _ = noised_teacher(denoiser, teacher, x, cam, background, t, eps, cfg)
     step = denoiser
     if cfg.checkpoint:
@@ -220,16 +213,16 @@ def stage_2(denoiser, teacher, x, cam, background, t, eps, cfg, render=render):
         start = eps, torch.full_like(t, T - 1)                      # ours: one step, from noise
         frozen = lambda image, K: denoiser.gaussians(
             functional_call(denoiser, weights, (*start, image)), K)
-        losses["loss_cyc"] = cycle_loss(frozen, x, x_hat, cam, background, render)
-    return total(losses, loss_3dgs=cfg.w_3dgs_2, loss_image=1, loss_cyc=cfg.w_cyc)
+        losses["loss_cyc"] = cycle_loss(frozen, x, x_hat, cam, background)
+    return total(losses, cfg.w_3dgs_2, cfg)
 
 
 # ---- one batch, one step -------------------------------------------------------------------------
 
 def draw_batch(views, cfg, stage, step, mine=slice(RANK, None, WORLD)):
-    """Everything random in one step, from (seed, stage, step) alone: resuming needs no other state,
-    and every process draws the whole batch and takes its share of it.
-    -> x (B, V, 3, H, W), w2c (B, V, 4, 4), K (B, V, 4), t (B,), eps (B, 24, H, W)."""
+    """-> x (B, V, 3, H, W), w2c (B, V, 4, 4), K (B, V, 4), t (B,), eps (B, 24, H, W). They depend
+    on (seed, stage, step) alone, so resuming needs no other state. Every process draws the whole
+    batch and takes its share."""
     seed = (cfg.seed * 3 + stage) * 10**9 + step
     gen = torch.Generator().manual_seed(seed)
     B = cfg.batch[stage]
@@ -254,9 +247,9 @@ def learning_rate(cfg, stage, step):
     return cfg.lr[stage] * ramp * (cosine if cfg.decay_lr else 1)
 
 
-def make_step(cfg, stage, network, teacher, background, render=render):
-    """-> step, optimiser. step(x, w2c, K, t, eps, lr) trains once and waits for nothing; it returns
-    the named losses, the gradient's norm, and 1 if that was no number and nothing was changed."""
+def make_step(cfg, stage, network, teacher, background):
+    """-> step, optimiser. step(x, w2c, K, t, eps, lr) trains once, without waiting for the device,
+    and returns the named losses and the norm of the gradient."""
     stage_loss = (stage_0, stage_1, stage_2)[stage]
     networks = [network, teacher] if stage else [network]
     for net in networks:
@@ -268,17 +261,17 @@ def make_step(cfg, stage, network, teacher, background, render=render):
                                  fused=True, capturable=cfg.device.startswith("cuda"))
 
     def step(x, w2c, K, t, eps, lr):
-        cam = Camera(w2c, K, tuple(x.shape[-2:]))
+        cam = Camera(w2c, K, (cfg.size, cfg.size))
         optimiser.zero_grad()
-        losses = stage_loss(*networks, x, cam, background, t, eps, cfg, render)
+        losses = stage_loss(*networks, x, cam, background, t, eps, cfg)
         losses["loss"].backward()
         losses = {k: v.detach() for k, v in losses.items()}
         average([*losses.values(), *(p.grad for p in params)])                # over processes
         norm = torch.nn.utils.clip_grad_norm_(params, cfg.clip)               # ()
-        optimiser.found_inf = (~norm.isfinite()).float()   # 1: Adam leaves everything as it was
+        optimiser.found_inf = (~norm.isfinite()).float()   # 1: Adam changes nothing
         optimiser.param_groups[0]["lr"].copy_(lr)
         optimiser.step()
-        return losses, norm, optimiser.found_inf
+        return losses, norm
     return (Captured(step) if cfg.graph else step), optimiser
 
 
@@ -290,12 +283,12 @@ def make_networks(cfg, stage, views, background):
     shape = ModelConfig(cfg.size, cfg.width, cfg.mult, cfg.blocks, cfg.attn, *depths, cfg.code)
     torch.manual_seed(cfg.seed)
     if stage == 0 and (cfg.teacher or cfg.init):
-        return given_teacher(cfg, shape), None
+        given = given_teacher(cfg.teacher or cfg.init, cfg.size, cfg.code, *depths)
+        return given.requires_grad_() if cfg.init else given, None            # init: all learns
     teacher = None
     if stage > 0:
-        path = Path(cfg.out) / "teacher.pt"
-        teacher = load_network(path, Teacher, cfg.device)[0].requires_grad_(False)
-        teacher.to(memory_format=torch.channels_last)
+        teacher, _ = load_network(Path(cfg.out) / "teacher.pt", Teacher, cfg.device)
+        teacher.requires_grad_(False).to(memory_format=torch.channels_last)
     if stage == 2:
         return load_network(Path(cfg.out) / "stage_1.pt", Denoiser)[0], teacher
     network = (Denoiser if stage else Teacher)(shape)
@@ -305,32 +298,13 @@ def make_networks(cfg, stage, views, background):
         # of the teacher's splats (B, 24, H, W) in 32 batches, as stage 1 will noise them
         draws = (draw_batch(views, cfg, 0, cfg.iters[0] + i, slice(None)) for i in range(32))
         network.stats.copy_(splat_statistics(
-            teacher(x if cfg.code else x[:, :1], Camera(w2c, K, tuple(x.shape[-2:])), background)
+            teacher(x if cfg.code else x[:, :1], Camera(w2c, K, (cfg.size, cfg.size)), background)
             for x, w2c, K, _, _ in draws))
         if cfg.warm_start and replace(teacher.cfg, code=cfg.code) == shape:
             network.warm_start(teacher.unet)
         elif cfg.warm_start:
             print(f"no warm start: the teacher is {teacher.cfg}, the student {shape}")
     return network, teacher
-
-
-def given_teacher(cfg, shape):
-    """The network that --teacher or --init names, ready for stage 0; refuses what does not fit."""
-    if cfg.init:
-        if "model_state_dict" in load_checkpoint(cfg.init, []):
-            fail(f"{cfg.init}: Splatter Image's weights; give them as --teacher")
-        given, _ = load_network(cfg.init, Teacher)
-    else:   # of any shape, but
-        given = load_teacher(cfg.teacher, shape.near, shape.far)
-        shape = replace(given.cfg, size=cfg.size, code=cfg.code or given.cfg.code)
-    if given.cfg not in (shape, replace(shape, code=0)):
-        fail(f"{cfg.init or cfg.teacher}: a {given.cfg}, and these flags need a {shape}")
-    if cfg.code and not given.encoder:
-        if not cfg.iters[0]:
-            fail(f"{cfg.teacher} cannot be told anything yet: give stage 0 steps to teach it, or "
-                 "--code=0 for the paper's own recipe")
-        given = can_be_told(given, cfg.code)
-    return given.requires_grad_() if cfg.init else given                      # all of it learns
 
 
 def train_stage(cfg, stage, views, test, state):
@@ -349,33 +323,30 @@ def train_stage(cfg, stage, views, test, state):
         with reading(out / "resume.pt", "a state of this run; delete that folder"):
             network.load_state_dict(state["network"])
             ema.load_state_dict(state["ema"])
-            averages = dict(state=state["optimiser"]["state"])                # of gradients
-            optimiser.load_state_dict(optimiser.state_dict() | averages)
-    skipped = 0                                            # steps whose gradient was no number
+            optimiser.load_state_dict(dict(optimiser.state_dict(),
+                                           state=state["optimiser"]["state"]))
     bar = tqdm(range(state["step"], iters), f"stage {stage}", iters, initial=state["step"],
-               unit="step", mininterval=0.5, disable=RANK > 0)
+               unit="step", disable=RANK > 0)
     for step in bar:
         if state["left"] == 0:
-            fail("stopped and saved, after --max_steps; the same command goes on")
+            fail("stopped and saved, after --max_steps; the same command continues")
         lr = torch.full((), learning_rate(cfg, stage, step), device=cfg.device)
-        losses, norm, bad = step_once(*draw_batch(views, cfg, stage, step), lr)
-        skipped = skipped + bad
+        losses, norm = step_once(*draw_batch(views, cfg, stage, step), lr)
         decay = min(cfg.ema, (1 + step) / (10 + step))     # short memory at first
         with torch.no_grad():
             torch._foreach_lerp_([*ema.parameters()], [*network.parameters()], 1 - decay)
 
-        # -- what waits for the device happens now and then only
+        # -- what waits for the device is done now and then only
         done = step + 1
         state["left"] -= 1
         shown = done % cfg.preview_every == 0 or done == iters
         if RANK == 0 and (shown or done % cfg.log_every == 0):
-            record = dict(stage=stage, step=done, **{k: v.item() for k, v in losses.items()})
+            record = dict(stage=stage, step=done, **{k: v.item() for k, v in losses.items()},
+                          grad_norm=norm.item(), steps_per_s=bar.format_dict["rate"])
             bar.set_postfix_str(f"loss {record['loss']:.4f}")
             if shown:
                 preview(teacher or ema, ema if stage else None, test, cfg)
                 record |= evaluate_few(ema, test, cfg)
-            record |= dict(grad_norm=norm.item(), skipped=float(skipped),
-                           steps_per_s=bar.format_dict["rate"])
             with open(out / "log.jsonl", "a") as file:     # after a kill some steps are there twice
                 file.write(json.dumps(record) + "\n")
         if done % cfg.save_every == 0 or state["left"] == 0:
@@ -385,7 +356,8 @@ def train_stage(cfg, stage, views, test, state):
     state |= dict(stage=stage + 1, step=0, minutes=(time.time() - began) / 60)
     if RANK == 0:   # a teacher that was given stays as it is, to the last bit
         meta = about(cfg, views, stage=stage, iters=iters, minutes=state["minutes"])
-        save_network(out / f"{FILES[stage]}.pt", ema, meta, half=not (cfg.teacher and stage == 0))
+        name = f"stage_{stage}.pt" if stage else "teacher.pt"
+        save_network(out / name, ema, meta, half=stage > 0 or not cfg.teacher)
     save(cfg, views, stage=stage + 1, step=0, minutes=state["minutes"])
 
 
@@ -401,13 +373,12 @@ def average(tensors):
 
 
 def barrier():
-    """Wait for all processes."""
     if WORLD > 1:
         dist.barrier()
 
 
 def join_processes(device):
-    """Meet the other processes that torchrun has started; only the first one speaks."""
+    """Connect the processes that torchrun has started; only the first one prints."""
     if WORLD > 1:
         cuda = device.startswith("cuda")
         if cuda:
@@ -418,37 +389,37 @@ def join_processes(device):
 
 
 def compile_network(network):
-    """In place; its first calls then take a minute or two."""
     from torch._inductor import config as inductor   # late: importing it takes seconds
     inductor.force_layout_optimization = True        # channels last, as cuDNN wants them
     torch._dynamo.config.recompile_limit = 64        # with and without gradients, by use
-    for part in filter(None, (network.unet, getattr(network, "encoder", None))):
+    for part in network.children():                  # the U-Net; of a teacher, its encoder, too
         part.compile(dynamic=False)
 
 
 def on_device(views, device):
-    """The images there once and for all, as uint8, if they fit."""
+    """The uint8 images on the GPU, if they fit."""
     fits = device.startswith("cuda") and views.images.nbytes < torch.cuda.mem_get_info()[0] / 3
     return views.to(device) if fits else views
 
 
 def device_name(device):
-    return (torch.cuda.get_device_name(device) if device.startswith("cuda")
-            else f"CPU, {torch.get_num_threads()} threads")
+    if device.startswith("cuda"):
+        return f"{WORLD} x {torch.cuda.get_device_name(device)}"
+    return f"{WORLD} x CPU, {torch.get_num_threads()} threads"
 
 
 def about(cfg, views, **more):
-    """What is written beside weights and tables: plain values."""
+    """Provenance, written beside weights and tables: plain values."""
     git = subprocess.run("git rev-parse --short HEAD", shell=True, cwd=Path(__file__).parent,
                          capture_output=True, text=True).stdout.strip()
     dataset = {k: views.meta[k] for k in ("dataset", "procedural", "fingerprint")}
     return dict(dataset=cfg.dataset, data=dataset, config=asdict(cfg), seed=cfg.seed,
                 steps=cfg.steps, K=views.K[0].tolist(), background=list(views.meta["background"]),
-                git=git or "unknown", device=f"{WORLD} x {device_name(cfg.device)}", **more)
+                git=git or "unknown", device=device_name(cfg.device), **more)
 
 
 def save(cfg, views, **state):
-    """resume.pt: all that training needs to go on from here."""
+    """resume.pt: all that training needs to continue from here."""
     if RANK == 0:
         state["about"] = about(cfg, views)
         write_atomically(Path(cfg.out) / "resume.pt", lambda file: torch.save(state, file))
@@ -460,35 +431,34 @@ def resume(cfg, views):
     path = Path(cfg.out) / "resume.pt"
     if not path.exists():
         return dict(stage=0, step=0, minutes=0.0)
-    state = load_checkpoint(path, ("stage", "step", "minutes", "about"))
+    state = load_checkpoint(path)
     with reading(path, "a state of this version; delete that folder"):
         was = state["about"]["config"] | dict(images=state["about"]["data"]["fingerprint"])
     now = dict(images=views.meta["fingerprint"], **asdict(cfg))
     fixed = [*now][:[*now].index("root")]
-    changed = [f"{k}: {was[k]} -> {now[k]}" for k in fixed if was.get(k, now[k]) != now[k]
-               and not (cfg.eval_only and k == "steps")]          # sampling may take other steps
-    if changed:
-        fail(f"{path} is a run with other settings ({'; '.join(changed)}); give those, or another "
-             "--out, or delete that folder")
+    other = [f"{k}={was.get(k)}" for k in fixed if was.get(k) != now[k]
+             and not (cfg.eval_only and k == "steps")]            # sampling may take other steps
+    if other:
+        fail(f"{path}: a run with {other}; give these, or another --out, or delete that folder")
     return state
 
 
 def value_of(field, text):
-    """A flag's value in Python's spelling, of the type of its default and within LIMITS."""
+    """A flag's value, in Python's spelling, of the type of its default."""
     like = field.default
     if type(like) is str:
         return text
-    kind = type(like[0] if type(like) is tuple else like)
-    least, most = LIMITS.get(field.name, (0, 10**9))
+    many = type(like) is tuple
+    kind = type(like[0] if many else like)
+    least = LEAST.get(field.name, 0)
     try:
-        value = ast.literal_eval(text)
-        numbers = [kind(x) if (type(x), kind) == (int, float) else x
-                   for x in (value if type(like) is tuple else [value])]
-        if all(type(x) is kind and least <= x <= most for x in numbers) and numbers:
-            return tuple(numbers) if type(like) is tuple else numbers[0]
-    except Exception:   # of a text that is no Python, or no tuple
+        given = ast.literal_eval(text)
+        numbers = tuple(given if many else [given])
+        if numbers and all(kind(x) == x and least <= x < 10**9 for x in numbers):
+            return tuple(map(kind, numbers)) if many else kind(given)
+    except Exception:   # the text is not Python, or not a tuple
         pass
-    fail(f"--{field.name}={text}: give {kind.__name__} from {least} to {most}, such as {like}")
+    fail(f"--{field.name}={text}: give something like {like}, at least {least}")
 
 
 def parse(argv):
@@ -514,26 +484,20 @@ def parse(argv):
     cfg = Config(**sizes | given | dict(device=device))
     cfg.out = cfg.out or f"out/{Path(cfg.dataset).resolve().name}"
     for wrong, message in [
-            (cfg.weighting not in WEIGHTINGS, f"--weighting: give one of {', '.join(WEIGHTINGS)}"),
+            (cfg.weighting not in WEIGHTINGS, f"--weighting: give one of {[*WEIGHTINGS]}"),
             ({len(cfg.iters), len(cfg.batch), len(cfg.lr)} != {3},
              "--iters, --batch and --lr have three numbers each, one a stage"),
-            (not (cfg.iters[0] or cfg.teacher),
-             f"--iters={cfg.iters}: without a stage 0, --teacher must name a teacher's file"),
-            (any(n % WORLD for n in cfg.batch) or cfg.code and cfg.batch[0] < 2 * WORLD,
-             f"--batch={cfg.batch}: give multiples of {WORLD}, the number of processes, and in "
-             "stage 0 two or more for each, because half of a batch is told nothing"),
+            (not (cfg.iters[0] or cfg.teacher), "--iters: without stage 0, give a --teacher"),
             (cfg.init and cfg.teacher, "--init begins stage 0, --teacher replaces it; give one"),
-            (cfg.t_star >= cfg.t_known, f"--t_star={cfg.t_star}: give less than --t_known"),
-            (cfg.size % 2 ** (len(cfg.mult) - 1), f"--size={cfg.size}: it must be even on each "
-             f"level of --mult={cfg.mult} but the last"),
+            (any(n % WORLD for n in cfg.batch) or cfg.code and cfg.batch[0] < 2 * WORLD,
+             "--batch: give multiples of the number of processes, and in stage 0 two or more for "
+             "each, because half of a batch is told nothing"),
+            (not cfg.t_star < cfg.t_known < T, f"give --t_star < --t_known < {T}"),
+            (cfg.width % 2 or cfg.size % 2 ** (len(cfg.mult) - 1),
+             "--width must be even, and --size on each level of --mult but the last"),
             ((cfg.graph or cfg.compile) and not cuda, "--graph and --compile need a GPU")]:
         if wrong:
             fail(message)
-    try:
-        with torch.device("meta"):                 # only the shapes
-            Denoiser(ModelConfig(cfg.size, cfg.width, cfg.mult, cfg.blocks, cfg.attn))
-    except ValueError as e:                        # of groups of channels
-        fail(f"--width={cfg.width} --mult={cfg.mult}: {e}; powers of 2 will do")
     return cfg
 
 
@@ -541,7 +505,7 @@ def main():
     cfg = parse(sys.argv[1:])
     out = Path(cfg.out)
     join_processes(cfg.device)
-    print(f"device: {WORLD} x {device_name(cfg.device)} (python train.py --help lists the flags)\n"
+    print(f"device: {device_name(cfg.device)}; flags (--help explains them):\n"
           + shlex.join(f"--{k}={v}" for k, v in asdict(cfg).items()))
     # compile the rasterizer while the data is made
     Thread(target=choose, args=("auto", cfg.device.split(":")[0]), daemon=True).start()
@@ -563,19 +527,18 @@ def main():
             if RANK == 0:
                 meta = about(cfg, views, stage=0, iters=0, minutes=0.0)
                 save_network(out / "teacher.pt", given, meta, half=False)
-    barrier()                                      # what is read above is written below
-    if not cfg.eval_only:
-        print(f"watch {out}/preview.png; after an interruption the same command goes on")
+        elif not cfg.iters[0]:
+            fail(f"{cfg.teacher} cannot be told anything yet: give stage 0 steps, or --code=0")
+    barrier()                                      # the files read above are written below
     for stage in range(state["stage"], 3):
         if cfg.eval_only or not cfg.iters[stage]:
             break
         train_stage(cfg, stage, views, test, state)
     if RANK == 0:
         print(score_table(cfg, views, test, about(cfg, test)))
-        print(f"{state['minutes']:.1f} minutes of training; {out}/ has preview.png results.json "
-              "scores log.jsonl and the weights")
+        print(f"{state['minutes']:.1f} minutes of training; the weights and the log are in {out}/")
         if state["stage"] > 1:
-            weights = f"{out}/{FILES[state['stage'] - 1]}.pt"
+            weights = f"{out}/stage_{state['stage'] - 1}.pt"
             print("now:", shlex.join(["python", "sample.py", "picture.png", "--weights", weights]))
 
 
@@ -583,6 +546,6 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        fail("stopped; the same command goes on from the last save")
+        fail("stopped; the same command continues from the last save")
     except OSError as e:
         fail(e)

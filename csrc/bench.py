@@ -14,7 +14,6 @@ from functools import partial
 from itertools import takewhile
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -89,9 +88,9 @@ PAINTERS = {"reference": partial(render, backend="torch"), "1 thread": render, "
 
 def replay(f, x):
     """f(x) as a replay of a CUDA graph."""
-    captured = Captured(f, first=1)
-    captured(x)
-    captured(x)
+    captured = Captured(f)
+    for _ in range(4):
+        captured(x)
     return captured.graph.replay
 
 
@@ -152,28 +151,15 @@ def rasterizer(device, cases):
 
 # ---- a training step -----------------------------------------------------------------------------
 
-def one_by_one(g, cam, background):
-    """`render` in one call per image, as the published codebases do."""
-    images = [render(Gaussians(*[x[b:b + 1] for x in g]),
-                     Camera(cam.w2c[b:b + 1, v:v + 1], cam.K[b:b + 1, v:v + 1], cam.hw),
-                     background) for b, v in np.ndindex(*cam.w2c.shape[:2])]
-    return [torch.cat(x).unflatten(0, cam.w2c.shape[:2])[:, :, 0] for x in zip(*images)]
-
-
 def ways_to_run(cfg, stage):
-    """name -> (flags, renderer). Of several processes only what a table of one compares with."""
-    eager = dict(graph=False, compile=False)
-    ways = {"eager": (eager, render)}
-    if train.WORLD == 1:
-        ways["eager, one render an image"] = eager, one_by_one
+    """name -> flags."""
+    ways = {"eager": dict(graph=False, compile=False)}
     if cfg.device.startswith("cuda"):
-        if train.WORLD == 1 and importlib.util.find_spec("gsplat"):
-            ways["eager, gsplat"] = eager, gsplat
-        ways["captured"] = dict(graph=True, compile=False), render
-        if train.WORLD == 1 and stage == 2:
-            ways["captured, checkpoint"] = dict(graph=True, compile=False, checkpoint=True), render
+        ways["captured"] = dict(graph=True, compile=False)
+        if stage == 2:
+            ways["captured, checkpoint"] = dict(graph=True, compile=False, checkpoint=True)
         if cfg.compile:
-            ways["captured, compiled"] = dict(graph=True), render
+            ways["captured, compiled"] = dict(graph=True)
     return ways
 
 
@@ -197,28 +183,28 @@ def rendering_share(step, batch):
     return 100 * ours / sum(e.device_time for e in kernels)
 
 
-def steps(cfg, stages, say):
+def steps(cfg, stages):
     """One table: a step of each stage, run in several ways, on random weights and images. With
     several GPUs, --batch and img/s are of all together, TFLOP/s and MiB of one."""
     cuda = cfg.device.startswith("cuda")
     shape = ModelConfig(cfg.size, cfg.width, cfg.mult, cfg.blocks, cfg.attn, code=cfg.code)
     views = random_views(cfg)
     background = torch.ones(3, device=cfg.device)
-    say(f"{train.device_name(cfg.device)}; {cfg.size}x{cfg.size}, U-Net {cfg.width} x {cfg.mult}, "
-        f"{cfg.blocks} blocks, bf16={cfg.bf16}, {cfg.views} views, {cfg.steps} steps; medians\n"
-        f"{'':37}{'batch':>6}{'parameters':>12}{'ms/step':>10}{'speed-up':>10}{'img/s':>9}"
-        f"{'TFLOP/s':>9}{'MiB':>8}{'rendering':>11}")
+    print(f"{train.device_name(cfg.device)}; {cfg.size}x{cfg.size}, U-Net {cfg.width} x "
+          f"{cfg.mult}, {cfg.blocks} blocks, bf16={cfg.bf16}, {cfg.views} views, "
+          f"{cfg.steps} steps; medians\n"
+          f"{'':37}{'batch':>6}{'parameters':>12}{'ms/step':>10}{'speed-up':>10}{'img/s':>9}"
+          f"{'TFLOP/s':>9}{'MiB':>8}{'rendering':>11}")
     for stage in stages:
         eager_ms = flops = None
-        for way, (flags, renderer) in ways_to_run(cfg, stage).items():
+        for way, flags in ways_to_run(cfg, stage).items():
             torch._dynamo.reset()
             torch.manual_seed(0)
             c = replace(cfg, **flags)
             network = (Denoiser if stage else Teacher)(shape)
             network.to(cfg.device, memory_format=torch.channels_last)
             teacher = Teacher(shape).to(cfg.device, memory_format=torch.channels_last)
-            step, _ = train.make_step(c, stage, network, teacher.requires_grad_(False), background,
-                                      render=renderer)
+            step, _ = train.make_step(c, stage, network, teacher.requires_grad_(False), background)
             lr = torch.full((), 1e-5, device=cfg.device)
             batch = [*train.draw_batch(views, c, stage, 0), lr]
             if flops is None:
@@ -235,9 +221,9 @@ def steps(cfg, stages, say):
             eager_ms = eager_ms or ms
             count = sum(p.numel() for p in network.parameters())
             memory = torch.cuda.max_memory_reserved() / 2 ** 20 if cuda else 0
-            say(f"stage {stage}, {way:28}{cfg.batch[stage]:6}{count:12,}{ms:10.2f}"
-                f"{eager_ms / ms:9.2f}x{1e3 * cfg.batch[stage] * cfg.views / ms:9.0f}"
-                f"{1e-9 * flops / ms:9.2f}{memory:8.0f}{share}", flush=True)
+            print(f"stage {stage}, {way:28}{cfg.batch[stage]:6}{count:12,}{ms:10.2f}"
+                  f"{eager_ms / ms:9.2f}x{1e3 * cfg.batch[stage] * cfg.views / ms:9.0f}"
+                  f"{1e-9 * flops / ms:9.2f}{memory:8.0f}{share}", flush=True)
             step = network = teacher = None
             if cuda:
                 torch.cuda.empty_cache()
@@ -249,8 +235,7 @@ def main():
     if stages:
         cfg = train.parse(words[len(stages):])
         train.join_processes(cfg.device)
-        say = print if train.RANK == 0 else lambda *_, **__: None             # one table
-        steps(cfg, stages, say)
+        steps(cfg, stages)
     elif words:
         fail("name the stages first, then flags: python csrc/bench.py 0 1 2 --size=64")
     elif torch.cuda.is_available():

@@ -348,7 +348,7 @@ Tensors forward(const Tensors& g, const Tensor& background, const Tensor& w2c, c
 }
 
 // out: all that forward returned; d_out: gradients of rgb, alpha, depth, empty where zero
-// -> gradients of g. The background's is one line of Python.
+// -> gradients of g.
 Tensors backward(const Tensors& g, const Tensor& background, const Tensor& w2c, const Tensor& K,
                  const Tensors& out, const Tensors& d_out) {
   const Sizes n(g[0], w2c, out[0].size(3), out[0].size(4));
