@@ -281,18 +281,11 @@ def read_co3d(path, background):
         yield m, k, (255 * x + .5).astype(np.uint8).transpose(1, 2, 0)
 
 
-READERS = {   # by the file that only objects of this layout have
-    "transforms_{split}.json": read_nerf,
-    "transforms.json": read_nerf,
-    "focal_lengths.npy": read_co3d,
-    "intrinsics.txt": read_srn,
-}
-
-
 def layout(folder, split):
-    """The reader of the object in this folder, or None if it is no object."""
-    for name, read in READERS.items():
-        path = Path(folder, name.format(split=split))
+    """The reader of the object in this folder, by a file of its layout; None if it is no object."""
+    for name, read in ((f"transforms_{split}.json", read_nerf), ("transforms.json", read_nerf),
+                       ("focal_lengths.npy", read_co3d), ("intrinsics.txt", read_srn)):
+        path = Path(folder, name)
         if path.exists():
             return partial(read, path)
 
