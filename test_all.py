@@ -22,6 +22,7 @@ import time
 import zlib
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 from urllib.parse import urlencode
 
@@ -676,22 +677,21 @@ def test_a_batch_is_distinct_views_of_one_object_seen_from_the_first(cars):
     assert ((index < 2).all(1) == (objects == 0)).all()
 
 
+def picture_of_a_box(xyz, c2w, K, S):
+    """(S, S, 4) uint8: a tiny red box at xyz, ray cast; red is seen on white and on black."""
+    box = toys.cars.box(*np.stack([xyz - .02, xyz + .02], 1), (0, 0, 0))
+    table = np.float32([[1, 1, 1, 0]] + [[1, 0, 0, 1]] * 6)         # background, then six faces
+    scene = SimpleNamespace(n=box.n, d=box.d, corners=box.corners, table=table,
+                            first=np.array([0, 6]), first_corner=[0],
+                            owner=np.zeros(6, int), skin=np.ones(6, bool))
+    return toys.cars.trace(scene, c2w, K, S)
+
+
 SIDES = np.array([[.6, 0, .8], [-.6, .64, .48], [0, -.8, .6], [.48, .6, .64], [-.8, -.36, .48]])
-LENS, POINT = (131.25, 131.25, 64, 64), np.array([.2, -.1, .15, 1])
+LENS, POINT = (131.25, 131.25, 64, 64), np.array([.2, -.1, .15])
 LOOKS = np.stack([toys.cars.look_at_origin(side) for side in SIDES])                # (5, 4, 4)
 ROUND = np.stack([toys.cars.look_at_origin(side, 1.3 + .2 * i) for i, side in enumerate(SIDES)])
-
-
-def spot(c2w):
-    """(128, 128, 4) uint8: POINT as a red spot on white; outside it is transparent."""
-    p = np.linalg.inv(c2w) @ POINT
-    u, v = p[:2] / p[2] * LENS[0] + LENS[2]
-    y, x = np.mgrid[:128, :128] + .5
-    pale = 255 - 255 * np.exp(-((x - u) ** 2 + (y - v) ** 2) / 8)             # (128, 128)
-    return np.stack([0 * pale + 255, pale, pale, 255 * (pale < 254)], 2).astype(np.uint8)
-
-
-SPOTS = [spot(m) for m in ROUND]
+BOX = [picture_of_a_box(POINT, m, LENS, 128) for m in ROUND]
 GREY = [np.full((32, 32, 4), 100, np.uint8)] * 5
 
 
@@ -747,7 +747,7 @@ def test_a_known_point_lands_on_its_pixel_in_every_layout(write, dataset, folder
     c2w, own = ROUND.copy(), dataset == "own"
     if own:
         c2w[:, :3, 3] = 40 * c2w[:, :3, 3] + [5, -3, 7]
-    write(tmp_path / folder, c2w, LENS, SPOTS)
+    write(tmp_path / folder, c2w, LENS, BOX)
     views = data.load(tmp_path, str(tmp_path / "own") if own else dataset, "train", 64, quiet=True)
     where = views.c2w.double()
     scale = where[0, :3, 3].norm() / 1.3                            # of one's own: as it may be
@@ -755,8 +755,9 @@ def test_a_known_point_lands_on_its_pixel_in_every_layout(write, dataset, folder
     if own:
         shown = (views.K[:, 4] * 64 / views.K[:, 0]).mean()         # across, at the object
         np.testing.assert_allclose(shown, data.EXTENT, rtol=1e-5)
-    p = where.inverse()[:, :3] @ torch.from_numpy(POINT * [scale, scale, scale, 1])     # (V, 3)
-    uv = (p[:, :2] / p[:, 2:] * views.K[:, :2] + views.K[:, 2:4]).numpy()
+    point = torch.from_numpy(POINT) * scale
+    p = where[:, :3, :3].mT @ (point - where[:, :3, 3])[:, :, None]                 # (V, 3, 1)
+    uv = (p[:, :2, 0] / p[:, 2] * views.K[:, :2] + views.K[:, 2:4]).numpy()
     backdrop = torch.tensor(views.meta["background"])[:, None, None]
     cover = (views.images / 255. - backdrop).abs().mean(1).numpy()                  # (V, S, S)
     cover /= cover.sum((1, 2), keepdims=True)
@@ -833,7 +834,7 @@ def test_one_seed_gives_the_same_bytes_and_more_cars_only_add(cars, tmp_path):
     assert (again / "cars/cars_test/test_00000/rgb/000064.png").stat().st_mtime_ns == before
     fewer = data.prepare("cars", again, 32, n_train=2, n_test=1, quiet=True)["train"]
     assert fewer.meta["fingerprint"] == data.load(cars, "cars", "train", 32).meta["fingerprint"]
-    write_srn(again / "srn_cars/cars_train/real", LOOKS, LENS, SPOTS)           # before procedural
+    write_srn(again / "srn_cars/cars_train/real", LOOKS, LENS, BOX)             # before procedural
     real = data.prepare("cars", again, 32, quiet=True)
     assert list(real) == ["train"] and real["train"].names == ["real"]
     assert not real["train"].meta["procedural"]
