@@ -157,9 +157,9 @@ def read_object(folder, split, size, about):
 
 
 def centred(c2w, K, folder, size):
-    """Your own pictures do not say where the object is, nor how large. Take its middle to be where
-    the optical axes meet, and EXTENT to be what a picture shows there. c2w (V, 4, 4), K (V, 4) in
-    pixels -> c2w (V, 4, 4), K (V, 5): the depth of the middle is last."""
+    """In your own pictures the object's place and size are unknown: its middle is taken to be where
+    the optical axes meet, and EXTENT what a picture shows there. c2w (V, 4, 4), K (V, 4) in pixels
+    -> c2w (V, 4, 4), K (V, 5): the depth of the middle is last."""
     axis = c2w[:, :3, 2]                                                     # (V, 3)
     eye = c2w[:, :3, 3]                                                      # (V, 3)
     across = np.eye(3) - axis[:, :, None] * axis[:, None]                    # (V, 3, 3)
@@ -168,8 +168,8 @@ def centred(c2w, K, folder, size):
     middle = np.linalg.solve(across.sum(0), (across @ eye[:, :, None]).sum(0))[:, 0]    # (3,)
     depth = ((middle - eye) * axis).sum(1)                                   # (V,)
     if depth.min() <= 0:
-        fail(f"{folder}: camera {depth.argmin()} looks away from where the others look; are "
-             "the poses camera-to-world, with OpenGL's axes in transforms.json?")
+        fail(f"{folder}: camera {depth.argmin()} looks away from where the others look; are the "
+             "poses camera-to-world, with OpenGL's axes in transforms.json?")
     scale = EXTENT / (depth / K[:, 0] * size).mean()
     c2w = c2w.copy()
     c2w[:, :3, 3] = (eye - middle) * scale
@@ -200,8 +200,8 @@ def read_srn(path, background):
 
 def read_nerf(path, background):
     """transforms.json as NeRF, Blender and nerfstudio write it. Pictures are padded to squares."""
-    with reading(path, "NeRF's transforms, a list `frames`, each with file_path, transform_matrix "
-                       "and fl_x or camera_angle_x"):
+    with reading(path, "NeRF's transforms: frames, file_path, transform_matrix, "
+                       "fl_x or camera_angle_x"):
         common = json.loads(path.read_text())
         for frame in common["frames"]:
             yield nerf_frame(path, {**common, **frame}, background)
