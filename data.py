@@ -1,7 +1,7 @@
 """Multi-view pictures of objects with their cameras: folders in, batches out.
 
     <root>/srn_cars/cars_<split>/<object>/{intrinsics.txt, rgb/000000.png, pose/000000.txt}
-    <root>/co3d_hydrant_for_gs/<split>/<object>/{images_full, images_fg, focal_lengths}.npy
+    <root>/co3d_hydrant_for_gs/<split>/<object>/{images_fg, focal_lengths}.npy
     path/to/your/own/<object>/{transforms.json and the pictures it names, or the files of SRN}
 
 `prepare` finds a dataset, packs the pictures of each split into one memory-mapped uint8 file, and
@@ -18,10 +18,10 @@ import multiprocessing
 import os
 import re
 import signal
+import tempfile
 import zlib
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -53,7 +53,6 @@ DATASETS = {
 }
 OWN = dict(CO3D, near=-0.5, far=0.5, background=ON_WHITE)            # a folder of your own
 EXTENT = 1.27          # world units across a picture at the object's distance, as in SRN's cars
-CAMERAS = "transforms.json, or intrinsics.txt with pose/ and rgb/, or CO3D's focal_lengths.npy"
 SPLITS = "train", "val", "test"
 # transforms.json: camera models that are pinholes if no coefficient distorts; fields of nerfstudio
 # and instant-ngp that, if not 0, change rays, poses or colours. The others are used or harmless.
@@ -119,8 +118,6 @@ def prepare(dataset, root="data", size=128, n_train=200, n_test=24, seed=0, quie
         limits = dict(train=n_train, test=n_test)
         cars.generate(Path(root, dataset), limits, seed, partial(parallel, quiet=quiet))
         folders = find(root, dataset)
-    if not folders:
-        fail(f"no dataset {dataset}: give {', '.join(DATASETS)}, or a folder with objects")
     if not quiet:
         said = f" (procedural, seed {seed}, not ShapeNet)" if limits else ""
         print(f"data: {Path(dataset).name} in {min(folders.values()).parent}{said}", flush=True)
@@ -139,14 +136,10 @@ def load(root, dataset, split, size, limit=None, quiet=False):
     stamp = repr((VERSION, [files_of(os.path.realpath(path)) for path in read]))
     stamp = hashlib.sha256(stamp.encode()).hexdigest()[:12]
     stem = Path(root, ".cache", f"{Path(dataset).name}_{split}_{size}_{stamp}")
-    packed = read_pack(stem, size)
-    if not packed:
+    if not read_pack(stem, size):
         pack(stem, [(item, split, size, about) for item in objects], f"packing {folder}", quiet)
-        packed = read_pack(stem, size)
-    images, c2w, K, start, names, checks = packed
-    if len(names) < len(objects) and not quiet:
-        print(f"data: {len(objects) - len(names)} objects in {folder} have no finite cameras")
-    return Views(*map(torch.from_numpy, (images, c2w, K, start)), names.tolist(), dict(
+    *arrays, names, checks = read_pack(stem, size)
+    return Views(*map(torch.from_numpy, arrays), names.tolist(), dict(
         dataset=dataset, split=split, size=size, **about, root=str(folder.parent),
         procedural=dataset in DATASETS and is_procedural(folder),
         fingerprint=hashlib.sha256(checks.tobytes()).hexdigest()[:12]))
@@ -155,19 +148,18 @@ def load(root, dataset, split, size, limit=None, quiet=False):
 def read_object(folder, split, size, about):
     """All views of one object -> pixels (V, size, size, 3) uint8, c2w (V, 4, 4) float64, and
     K (V, 4 or 5) in pixels. about["background"] is the colour behind transparent pictures."""
-    read = layout(folder, split) or fail(f"{folder}: no cameras in it: {CAMERAS}")
+    read = layout(folder, split)
     with reading(folder, "an object that can be read"):
-        views = [(c2w, K, resize(picture, size))
-                 for c2w, K, picture in read(Path(folder), split, about["background"])]
+        views = [(c2w, K, resize(picture, size)) for c2w, K, picture in read(about["background"])]
         c2w, K, pixels = map(np.stack, zip(*views))
     K[:, :4] *= size
     return pixels, c2w, K
 
 
 def centred(c2w, K, folder, size):
-    """Your own pictures do not say where the object is, nor how large. Take its middle to be where
-    the optical axes meet, and EXTENT to be what a picture shows there. c2w (V, 4, 4), K (V, 4) in
-    pixels -> c2w (V, 4, 4), K (V, 5): the depth of the middle is last."""
+    """In your own pictures the object's place and size are unknown: its middle is taken to be where
+    the optical axes meet, and EXTENT what a picture shows there. c2w (V, 4, 4), K (V, 4) in pixels
+    -> c2w (V, 4, 4), K (V, 5): the depth of the middle is last."""
     axis = c2w[:, :3, 2]                                                     # (V, 3)
     eye = c2w[:, :3, 3]                                                      # (V, 3)
     across = np.eye(3) - axis[:, :, None] * axis[:, None]                    # (V, 3, 3)
@@ -176,8 +168,8 @@ def centred(c2w, K, folder, size):
     middle = np.linalg.solve(across.sum(0), (across @ eye[:, :, None]).sum(0))[:, 0]    # (3,)
     depth = ((middle - eye) * axis).sum(1)                                   # (V,)
     if depth.min() <= 0:
-        fail(f"{folder}: camera {depth.argmin()} looks away from where the others look; are "
-             "the poses camera-to-world, with OpenGL's axes in transforms.json?")
+        fail(f"{folder}: camera {depth.argmin()} looks away from where the others look; are the "
+             "poses camera-to-world, with OpenGL's axes in transforms.json?")
     scale = EXTENT / (depth / K[:, 0] * size).mean()
     c2w = c2w.copy()
     c2w[:, :3, 3] = (eye - middle) * scale
@@ -185,44 +177,32 @@ def centred(c2w, K, folder, size):
 
 
 # ---- one reader a layout -------------------------------------------------------------------------
-# read(folder, split, background) yields an object's views: c2w (4, 4) as in OpenCV; K (4 or 5,), fx
-# fy cx cy as fractions of the picture's side and, in CO3D, the depth of the object's middle; and a
-# square picture (side, side, 3) uint8.
+# read(path, background), of the file that `layout` looks for, yields an object's views: c2w (4, 4)
+# as in OpenCV; K (4 or 5,), fx fy cx cy as fractions of the picture's side and, in CO3D, the depth
+# of the object's middle; and a square picture (side, side, 3) uint8.
 
-def read_srn(folder, split, background):
+def read_srn(path, background):
     """intrinsics.txt: f cx cy 0. / ... / height width. pose/*.txt: camera-to-world, row-major.
     rgb/*.png: composited already, their alpha is only the object's mask."""
-    path = folder / "intrinsics.txt"
+    folder = path.parent
     with reading(path, "intrinsics, `f cx cy 0.` first and `height width` last"):
         f, cx, cy, *_, h, w = numbers(path).tolist()
         K = pinhole([f / w, f / h, cx / w, cy / h], path)                    # (4,)
-        if w != h:
-            raise ValueError(f"{w} x {h} is not square, as the pictures are")
-    files = sorted(filter(Path.is_file, folder.glob("rgb/[!.]*.png")))       # macOS adds ._*.png
-    poses = sorted(filter(Path.is_file, folder.glob("pose/[!.]*.txt")))
-    odd = {p.stem for p in files} ^ {p.stem for p in poses}
-    if odd or not poses:
-        odd = min(odd, default="*")
-        fail(f"{folder}: needs both rgb/{odd}.png and pose/{odd}.txt; unpack the object again")
-    side = None
-    for file, pose in zip(files, poses):
+    stems = {file.stem for file in (*folder.glob("rgb/[!.]*.png"), *folder.glob("pose/[!.]*.txt"))}
+    for stem in sorted(stems):                                 # macOS adds ._*
+        file = folder / f"rgb/{stem}.png"
+        pose = folder / f"pose/{stem}.txt"
         image = read_rgba(file)
-        side = side or image.width
-        if image.size != (side, side):
-            fail(f"{file}: {image.size} pixels, not a square {side} wide as the object's first")
+        if image.width != image.height or w != h:
+            fail(f"{file}: {image.size} pixels, {path} says {w} x {h}, but it must be square")
         yield rigid(numbers(pose), pose), K, np.asarray(image.convert("RGB"))
 
 
-def read_nerf(folder, split, background):
+def read_nerf(path, background):
     """transforms.json as NeRF, Blender and nerfstudio write it. Pictures are padded to squares."""
-    path = folder / f"transforms_{split}.json"
-    if not path.exists():
-        path = folder / "transforms.json"
-    with reading(path, "NeRF's transforms, a list `frames`, each with file_path, transform_matrix "
-                       "and fl_x or camera_angle_x"):
+    with reading(path, "NeRF's transforms: frames, file_path, transform_matrix, "
+                       "fl_x or camera_angle_x"):
         common = json.loads(path.read_text())
-        if not common["frames"]:
-            raise ValueError("no frames")
         for frame in common["frames"]:
             yield nerf_frame(path, {**common, **frame}, background)
 
@@ -232,10 +212,10 @@ def nerf_frame(path, frame, background):
     fl_y in pixels or as angles camera_angle_x, camera_angle_y. Black in mask_path is background."""
     file = named_file(path, frame["file_path"])
     odd = [key for key, value in frame.items() if REFUSED.fullmatch(key) and np.any(value)]
-    model = frame.get("camera_model") or "PINHOLE"
+    model = frame.get("camera_model", "PINHOLE")
     if odd or model not in PINHOLES:
-        fail(f"{path}: {odd[0] if odd else model}: its lens distorts, or poses or colours mean "
-             "something else; undistort the pictures (colmap image_undistorter)")
+        fail(f"{path}: {odd or model}: its lens distorts, or poses or colours mean something else; "
+             "undistort the pictures (colmap image_undistorter)")
     image = read_rgba(file)
     if Image.open(file).getexif().get(0x0112, 1) != 1:
         fail(f"{file}: EXIF turns it, its camera may be of either; save it upright")
@@ -245,97 +225,69 @@ def nerf_frame(path, frame, background):
         if keep.shape != image.size[::-1]:
             fail(f"{mask}: not of the size of {file}")
         image = Image.fromarray(np.asarray(image) * keep[:, :, None])
-    size = np.array(image.size)                                              # (2,) w h
-    w, h = frame.get("w", size[0]), frame.get("h", size[1])
-    if not abs(w * size[1] - h * size[0]) < max(w, h):     # within a pixel: it may be resized
-        fail(f"{file}: {size} pixels, but {path} says w {w}, h {h}, of another shape")
+    w, h = frame.get("w", image.width), frame.get("h", image.height)
+    if not abs(w * image.height - h * image.width) < max(w, h):    # within a pixel: may be resized
+        fail(f"{file}: {image.size} pixels, but {path} says w {w}, h {h}, of another shape")
     fx = focal_length(frame, "x", w)
     fy = focal_length(frame, "y", h) or fx
     K = pinhole([fx / w, fy / h, frame.get("cx", w / 2) / w, frame.get("cy", h / 2) / h], path)
+    size = np.array(image.size)                                              # (2,) w h
     side = size.max()
     pad = (side - size) // 2                                                 # (2,) left and above
     K = (K * [*size, *size] + [0, 0, *pad]) / side                           # (4,)
-    square = ImageOps.expand(image, (*pad, *(side - size - pad)))            # transparent beside it
-    m = np.vstack([frame["transform_matrix"], [0, 0, 0, 1]])[:4]             # from (4, 4) or (3, 4)
-    c2w = rigid(m, f"{path}: {file}") * [1, -1, -1, 1]                       # (4, 4)
+    square = image.crop((*-pad, *side - pad))                                # transparent beside it
+    c2w = rigid(frame["transform_matrix"], f"{path}: {file}") * [1, -1, -1, 1]          # (4, 4)
     return c2w, K, on_background(square, background)
 
 
 def named_file(path, name):
-    """The file of that name beside path, with or without its ending."""
+    """The file of that name beside path. Blender leaves out .png."""
     if any(part[0] in "./" for part in Path(name).parts):      # `load` looks only below it
         fail(f"{path}: {name} is not below this folder; copy it there")
-    files = [path.parent / (name + end) for end in ("", ".png", ".jpg", ".jpeg")]
-    return next(filter(Path.is_file, files), None) or fail(
-        f"{files[0]}: not there, but {path} names it; copy it again, or remove its frame")
+    file = path.parent / name
+    return file if file.suffix else file.with_suffix(".png")
 
 
 def focal_length(frame, axis, side):
-    """In pixels, from fl_x or camera_angle_x (or y), which agree if both are given."""
+    """In pixels: fl_x, or from the angle camera_angle_x in radians; None if neither is there."""
     angle = frame.get(f"camera_angle_{axis}")
-    by_angle = angle and side / 2 / math.tan(angle / 2)
-    f = frame.get(f"fl_{axis}", by_angle)
-    if angle and not (angle < math.pi and abs(f - by_angle) <= .01 * f):
-        raise ValueError(f"camera_angle_{axis} is not in radians, or not that of fl_{axis}")
-    return f
+    by_angle = angle and side / 2 / math.tan(min(angle, math.pi) / 2)        # 0 from degrees
+    return frame.get(f"fl_{axis}", by_angle)
 
 
-def read_co3d(folder, split, background):
-    """As Splatter Image preprocesses CO3D: pictures and masks (V, c, S, S) in [0, 1] or as uint8;
-    PyTorch3D's cameras, x_cam = x R + T with x left and y up, focal 1 for half a picture.
-    A sequence whose cameras are not finite is returned as it is."""
-    with reading(folder, "a sequence with cameras; it needs an entry in camera_Rs.npz and "
-                         "camera_Ts.npz beside it: preprocess again, or name it in skip.txt"):
+def read_co3d(path, background):
+    """As Splatter Image preprocesses CO3D: pictures on black, in [0, 1]; PyTorch3D's cameras,
+    x_cam = x R + T with x left and y up, focal 1 for half a picture."""
+    folder = path.parent
+    with reading(folder, "a sequence as Splatter Image preprocesses it"):
         R, T = (np.load(folder.parent / f"camera_{x}.npz")[folder.name] for x in ("Rs", "Ts"))
         R = R.reshape(-1, 3, 3)                                              # (V, 3, 3)
         T = T.reshape(-1, 3, 1)                                              # (V, 3, 1)
-        focal = np.load(folder / "focal_lengths.npy").reshape(len(R), -1)    # (V, 1 or 2)
+        focal = np.load(path).reshape(len(R), -1)                            # (V, 1 or 2)
+    file = folder / "images_fg.npy"
+    with reading(file, f"an array ({len(R)}, 3, S, S) from 0 to 1"):
+        pictures = np.load(file)                                             # (V, 3, S, S)
+        shape, low, high = pictures.shape, pictures.min(), pictures.max()
+        if shape != (len(R), 3, *shape[2:3] * 2) or not 0 <= low <= high <= 1:
+            raise ValueError(f"{shape}, from {low:g} to {high:g}")
     c2w = np.tile(np.eye(4), (len(R), 1, 1))                                 # (V, 4, 4)
     c2w[:, :3] = np.concatenate([R * [-1, -1, 1], -R @ T], 2)                # to OpenCV's axes
     K = np.full((len(R), 5), .5)                                             # (V, 5)
     K[:, :2] = focal / 2
     K[:, 4] = T[:, 2, 0]
-    if np.isfinite(c2w).all():
-        pinhole(K[:, :4], folder / "focal_lengths.npy")
-        for m in c2w:
-            rigid(m, folder.parent / "camera_Rs.npz", f"a pose of {folder.name}")
-    rgb = co3d_array(folder / "images_full.npy", len(R), (3,))               # V of (3, S, S)
-    mask = co3d_array(folder / "images_fg.npy", len(R), (1, 3))              # V of (1 or 3, S, S)
-    behind = np.float32(background)[:, None, None]                           # (3, 1, 1)
-    for *camera, x, m in zip(c2w, K, rgb, mask):
-        if m.shape[1:] != x.shape[1:]:
-            fail(f"{folder}/images_fg.npy: not of the size of images_full.npy's pictures")
-        # three channels: the picture, masked already
-        x = m if len(m) == 3 else m * x + (1 - m) * behind                   # (3, S, S)
-        yield *camera, (255 * x.clip(0, 1) + .5).astype(np.uint8).transpose(1, 2, 0)
-
-
-def co3d_array(path, V, channels):
-    """Yield V pictures (c, S, S) float32 in [0, 1]."""
-    with reading(path, f"an array ({V}, {channels[0]}, S, S); preprocess the sequence again"):
-        x = np.load(path, mmap_mode="r")                                     # (V, c, S, S)
-        if x.ndim != 4 or len(x) != V or x.shape[1] not in channels or x.shape[2] != x.shape[3]:
-            raise ValueError(f"of shape {x.shape}")
-    for y in x:
-        y = np.float32(y) / (255 if x.dtype == np.uint8 else 1)              # (c, S, S)
-        if not (-.01 < y.min() and y.max() < 1.01):            # a resized picture overshoots
-            fail(f"{path}: from {y.min():g} to {y.max():g}; save it as uint8, or from 0 to 1")
-        yield y
-
-
-READERS = {   # by the file that only objects of this layout have
-    "transforms_{split}.json": read_nerf,
-    "transforms.json": read_nerf,
-    "focal_lengths.npy": read_co3d,
-    "intrinsics.txt": read_srn,
-}
+    pinhole(K[:, :4], path)
+    for m, k, x in zip(c2w, K, pictures):
+        m = rigid(m, f"{folder.parent}/camera_Rs.npz: {folder.name}")
+        yield m, k, (255 * x + .5).astype(np.uint8).transpose(1, 2, 0)
 
 
 def layout(folder, split):
-    """The reader of the object in this folder, or None if it is no object."""
-    for name, read in READERS.items():
-        if Path(folder, name.format(split=split)).exists():
-            return read
+    """The reader of the object in this folder, by a file of its layout; None if it is no object."""
+    for name, read in ((f"transforms_{split}.json", read_nerf), ("transforms.json", read_nerf),
+                       ("focal_lengths.npy", read_co3d), ("intrinsics.txt", read_srn)):
+        path = Path(folder, name)
+        if path.exists():
+            return partial(read, path)
 
 
 def numbers(path, what="numbers"):
@@ -349,17 +301,16 @@ def pinhole(K, path):
     K = np.array(K, np.float64)
     focal, middle = K[..., :2], K[..., 2:]
     if not ((.1 < focal) & (focal < np.inf) & (0 <= middle) & (middle <= 1)).all():
-        fail(f"{path}: a focal length below a tenth of the picture's side, or not finite, or a "
-             "principal point that is not in the picture")
+        fail(f"{path}: no focal length above a tenth of the picture, or principal point outside")
     return K
 
 
 def rigid(m, path, what="a pose"):
     """m (16,) or (4, 4), if it is a rigid motion -> (4, 4)."""
     with reading(path, f"{what}: a rigid 4 x 4 camera-to-world of 16 numbers, last row 0 0 0 1"):
-        m = np.reshape(m, (4, 4))
+        m = np.array(m, np.float64).reshape(4, 4)
         R = m[:3, :3]
-        turns = np.allclose(R @ R.T, np.eye(3), atol=1e-3) and np.linalg.det(R) > 0
+        turns = abs(R @ R.T - np.eye(3)).max() < 1e-3 and np.linalg.det(R) > 0
         if not (turns and np.isfinite(m).all() and (m[3] == [0, 0, 0, 1]).all()):
             raise ValueError("is not rigid")
         return m
@@ -369,20 +320,12 @@ def read_rgba(path):
     """Any picture (grey, 16-bit, palette, transparent) -> RGBA image, upright as its EXIF says."""
     # by its open file: Pillow maps a named TIFF into memory, and then turns it wrongly
     with reading(path, "a readable image"), open(path, "rb") as file, Image.open(file) as image:
-        raw = image.tile[0][3] if image.format == "PNG" else None
-        scale = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 257}.get(raw)
         image = ImageOps.exif_transpose(image)
-        key = image.info.get("transparency")                                 # in the file's units
-        if image.mode[0] in "IF":                                            # Pillow would clip it
+        if image.mode[0] in "IF":                              # more than 8 bits: Pillow would clip
             grey = np.asarray(image)                                         # (h, w)
-            high = 255 if image.mode == "F" else 65535
-            if not 0 <= grey.min() <= grey.max() <= high or high == 255 and grey.max() <= 1:
-                raise ValueError(f"its numbers go from {grey.min()} to {grey.max()}, not to {high}")
-            image = np.stack([255 / high * grey + .5, 255 * (grey != key)], 2)  # (h, w, 2)
-            image = Image.fromarray(image.astype(np.uint8))
-        elif scale and key is not None:
-            key = tuple(round(k * scale) for k in np.atleast_1d(key))
-            image.info["transparency"] = key if len(key) > 1 else key[0]
+            if image.mode == "F" or not 0 <= grey.min() <= grey.max() < 65536:
+                raise ValueError("its numbers are not of 8 or 16 bits")
+            image = Image.fromarray((grey / 257 + .5).astype(np.uint8))
         return image.convert("RGBA")
 
 
@@ -395,11 +338,11 @@ def on_background(image, background):
 def resize(pixels, size):
     """(side, side, 3) uint8 -> (size, size, 3). If a whole number of pixels becomes one, that is
     their mean, as a camera of that size would see them."""
-    how = Image.Resampling.BOX if len(pixels) % size == 0 else Image.Resampling.LANCZOS
+    how = Image.LANCZOS if len(pixels) % size else Image.BOX
     return np.array(Image.fromarray(pixels).resize((size, size), how))
 
 
-# ---- find a dataset's objects, pack a split into two files ---------------------------------------
+# ================ The idea ends here. Below: find the objects, pack them, the command. ============
 
 def find(root, dataset):
     """-> {split: its folder}. Real cars come before procedural ones. A folder of your own that is
@@ -415,9 +358,11 @@ def find(root, dataset):
             fail(f"no {dataset}: expected {real}{{train,test}}/<object>/; see README.md")
         return found
     own = Path(dataset)
+    if not own.is_dir():
+        fail(f"no dataset {dataset}: give {', '.join(DATASETS)}, or a folder with objects")
     found = {} if any(layout(own, split) for split in SPLITS) else splits(f"{own}/")
     whole = found.get("train", own)
-    return {"train": whole, "test": whole, **found} if own.is_dir() else {}
+    return {"train": whole, "test": whole, **found}
 
 
 def is_procedural(folder):
@@ -425,36 +370,41 @@ def is_procedural(folder):
 
 
 def list_objects(folder, split, shared):
-    """The folders of a split's objects. shared: the folder holds both splits. Then every tenth
-    object is for testing; a single one is for both."""
+    """The folders of a split's objects. shared: the folder holds both splits; every tenth object is
+    for testing, a single one for both."""
     if layout(folder, split):                                  # itself an object
         return [folder]
-    skip = folder / "skip.txt"
-    skip = skip.read_text().split() if skip.exists() else []
-    found = sorted(folder.glob("chairs_2.0_*/[!.]*/")) or sorted(folder.glob("[!.]*/"))
-    found = [item for item in found if item.name not in skip]
-    if shared:
-        found = [item for item in found if layout(item, split)]         # there may be others
-        test = found[9::10] or found[-1:]
-        train = [item for item in found if item not in test] or test
-        found = test if split == "test" else train
+    found = sorted([*folder.glob("[!.]*"), *folder.glob("chairs_2.0_*/[!.]*")])
+    found = [x for x in found if layout(x, split)]             # there may be others
+    for path in folder.glob("camera_?s.npz"):   # CO3D: as in Splatter Image, only finite cameras
+        with reading(path, "cameras of sequences"), np.load(path) as cameras:
+            found = [x for x in found if np.isfinite(cameras.get(x.name, math.nan)).all()]
     if not found:
-        fail(f"{folder}: no objects with cameras in it: {CAMERAS}")
+        fail(f"{folder}: no objects with cameras in it: transforms.json, or intrinsics.txt with "
+             "pose/ and rgb/, or CO3D's focal_lengths.npy")
+    if shared:
+        test = found[9::10] or found[-1:]
+        found = test if split == "test" else [x for x in found if x not in test] or test
     return found
 
 
 def pack(stem, jobs, title, quiet):
-    """Write <stem>.u8, the pictures of all objects, and <stem>.npz, all else of `Views`."""
+    """Write <stem>.u8, the pictures, and <stem>.npz, all else; named so when they are whole."""
     rows = []
-    with writing(f"{stem}.u8") as file, writing(f"{stem}.npz") as beside:
-        for pictures, *row in filter(None, parallel(read_packed, jobs, title, quiet)):
-            file.write(pictures)
-            rows.append(row)
-        if not rows:
-            fail(f"{title}: no object has finite cameras")
-        c2w, K, names, checks = zip(*rows)
-        np.savez(beside, c2w=np.concatenate(c2w), K=np.concatenate(K),
-                 start=np.cumsum([0, *map(len, c2w)]), names=names, checks=checks)      # (O+1,)
+    try:
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=stem.parent) as own:
+            with open(f"{own}/new.u8", "wb") as file:
+                for pictures, *row in parallel(read_packed, jobs, title, quiet):
+                    file.write(pictures)
+                    rows.append(row)
+            c2w, K, names, checks = zip(*rows)
+            np.savez(f"{own}/new.npz", c2w=np.concatenate(c2w), K=np.concatenate(K),
+                     start=np.cumsum([0, *map(len, c2w)]), names=names, checks=checks)    # (O+1,)
+            for kind in "u8", "npz":
+                os.replace(f"{own}/new.{kind}", f"{stem}.{kind}")
+    except OSError as e:
+        fail(f"cannot write {stem}.u8: {e.strerror}; free some space or give another --root")
 
 
 def read_pack(stem, size):
@@ -470,16 +420,14 @@ def read_pack(stem, size):
 
 
 def read_packed(job):
-    """-> an object's pictures as bytes, c2w, K, its name and a checksum; None if its cameras are
-    not finite."""
+    """-> an object's pictures as bytes, c2w, K, its name and a checksum."""
     folder, _, size, about = job
     pixels, c2w, K = read_object(*job)                                       # (V, size, size, 3)
-    if np.isfinite(c2w).all():
-        pictures = pixels.transpose(0, 3, 1, 2).tobytes()                    # V x 3 x size x size
-        check = zlib.crc32(pictures, zlib.crc32(c2w.tobytes()))
-        if about == OWN and K.shape[1] == 4:      # a copy, in a worker process
-            c2w, K = centred(c2w, K, folder, size)
-        return pictures, np.float32(c2w), np.float32(K), folder.name, check
+    pictures = pixels.transpose(0, 3, 1, 2).tobytes()                        # V x 3 x size x size
+    check = zlib.crc32(pictures, zlib.crc32(c2w.tobytes()))
+    if about == OWN and K.shape[1] == 4:          # a copy, in a worker process
+        c2w, K = centred(c2w, K, folder, size)
+    return pictures, np.float32(c2w), np.float32(K), folder.name, check
 
 
 def files_of(path):
@@ -487,47 +435,28 @@ def files_of(path):
     if os.path.isdir(path):
         names = sorted(os.listdir(path))
         return [files_of(os.path.join(path, name)) for name in names if name[0] != "."]
-    info = os.stat(path, follow_symlinks=os.path.exists(path))     # a link may lead nowhere
+    info = os.stat(path)
     return path, info.st_size, info.st_mtime_ns
 
 
 def parallel(function, jobs, title, quiet=False):
     """Yield function(job) of each job in order, computed on all cores. Errors are raised here."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    bar = partial(tqdm, desc=title, total=len(jobs), disable=quiet, leave=False)
-    if len(jobs) < 8:                                          # not worth the processes
-        yield from bar(map(function, jobs))
-        return
-    spawn = multiprocessing.get_context("spawn")               # fork would copy torch's threads
+    linux = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count()
+    context = multiprocessing.get_context("forkserver" if linux else "spawn")
+    context.set_forkserver_preload(["torch"])                  # imported once, not by each process
     deaf = signal.signal, (signal.SIGINT, signal.SIG_IGN)      # to Ctrl-C, which ends the parent
-    pool = ProcessPoolExecutor(min(cores, 32), spawn, *deaf)
+    pool = ProcessPoolExecutor(min(cores, 32), context, *deaf)
+    run = map if len(jobs) < 8 else pool.map                   # fewer are not worth the processes
     try:
-        yield from bar(pool.map(function, jobs))
+        yield from tqdm(run(function, jobs), title, len(jobs), disable=quiet, leave=False)
     except BrokenProcessPool:
         fail(f"{title}: a worker process died, see above, or out of memory; a script must call "
              'prepare under `if __name__ == "__main__":`')
+    except OSError as e:
+        fail(f"{title}: {e}")
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-# ================ The idea ends here. Below: errors in one line, and the command. ================
-
-@contextmanager
-def writing(path):
-    """A file to write, of this process alone, which gets its name when it is whole, or never."""
-    path = Path(path)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(part, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as e:
-        fail(f"cannot write {path}: {e.strerror or e}; free some space or give another --root")
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def main():
