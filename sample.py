@@ -50,15 +50,15 @@ def guidance(network, x, cam, background):
     (1, V, 3, H, W) in [0, 1]."""
     def guide(s):
         g = network.gaussians(s, cam.K[:, 0].expand(len(s), -1))
-        x_hat = renderings(g, cam, background, slice(1, None))                # (B, V-1, 3, H, W)
+        x_hat = renderings(g, cam.views(slice(1, None)), background)          # (B, V-1, 3, H, W)
         return (x_hat - x[:, 1:]).square().mean((1, 2, 3, 4))                 # (B,)
     return guide if x.shape[1] > 1 else None
 
 
-def renderings(g, cam, background, views=slice(None)):
-    """B samples g of one object, from some of its cameras (1, V) -> (B, V', 3, H, W)."""
-    w2c = cam.w2c[:, views].expand(len(g.xyz), -1, -1, -1)                    # (B, V', 4, 4)
-    K = cam.K[:, views].expand(len(g.xyz), -1, -1)                            # (B, V', 4 or 5)
+def renderings(g, cam, background):
+    """B samples g of one object, from its cameras (1, V) -> (B, V, 3, H, W)."""
+    w2c = cam.w2c.expand(len(g.xyz), -1, -1, -1)                              # (B, V, 4, 4)
+    K = cam.K.expand(len(g.xyz), -1, -1)                                      # (B, V, 4 or 5)
     return render(g, Camera(w2c, K, cam.hw), background)[0]
 
 
@@ -82,11 +82,11 @@ def results(path, networks, a):
     denoiser, teacher, meta = networks
     size = denoiser.cfg.size
     x, cam, background = read_views(path, size, meta, a)                      # (1, V, 3, H, W)
-    K = cam.K[:, 0]                                                           # (1, 4 or 5)
+    K = cam.K[:, 0].expand(a.samples, -1)                                     # (B, 4 or 5)
     guide = guidance(denoiser, x, cam, background)
     trail = trajectory(denoiser, x[:, 0], guide, a)                           # (B, 24, H, W) each
-    g = denoiser.gaussians(trail[-1], K.expand(a.samples, -1))
-    found = psnr(renderings(one(g, 0), cam, background, [0]), x[:, :1]).item()     # dB
+    g = denoiser.gaussians(trail[-1], K)
+    found = psnr(renderings(one(g, 0), cam.views([0]), background), x[:, :1]).item()     # dB
     if found < meta.get("source", 0) - STRANGE:
         warn(path, f"its own view comes back at {found:.0f} dB; {meta['source']:.0f} is usual for "
              f"held-out {meta['dataset']}, which these weights were trained for")
@@ -100,7 +100,7 @@ def results(path, networks, a):
 
     def place(network, s):
         """Splats of any step -> Gaussians in the upright frame."""
-        return upright(network.gaussians(s, K.expand(len(s), -1)), look, size)
+        return upright(network.gaussians(s, K[:len(s)]), look, size)
     states = [place(denoiser, s) for s in trail]
     g = states[-1]
     angles = [2 * math.pi * i / a.frames for i in range(a.frames)]            # of one turn
@@ -121,7 +121,7 @@ def results(path, networks, a):
     yield "viewer.html", page.encode()
 
     film = []                                                                 # (B, P, P, 3) each
-    for i, angle in enumerate(tqdm(angles, "film", leave=False, disable=None)):
+    for i, angle in enumerate(angles):
         step = a.steps * (1 - (1 - i / a.frames) ** 2)                        # slower and slower
         k = int(step)
         s = trail[k].lerp(trail[k + 1], step - k)                             # (B, 24, H, W)
@@ -304,7 +304,7 @@ def evaluate(predict, views, cfg, n_views, objects, title="", lpips=None):
         if views.meta["procedural"]:
             v, *pair = cars.door_pair(views, o, data.resize)                  # (3, H, W) each
             x, cam, _ = scene(views, torch.tensor([index[0], v]), cfg)        # (1, 2, 3, H, W)
-            x_hat = renderings(g, cam, background, [1])                       # (n, 1, 3, H, W)
+            x_hat = renderings(g, cam.views([1]), background)                 # (n, 1, 3, H, W)
             r |= cars.door_scores(x_hat[:, 0], x[0, 1], *(p.to(x) for p in pair))
         scores.append(dict(object=views.names[o], **{k: float(v) for k, v in r.items()}))
     return scores
@@ -315,8 +315,8 @@ def average_scores(scores):
     return {k: round(float(np.mean([r[k] for r in scores if k in r])), 6) for k in sorted(names)}
 
 
-COLUMNS = "both decided amber true one mean best std ssim lpips source parameters minutes".split()
-DECIMALS = dict(std=4, ssim=3, lpips=3, minutes=1, parameters=0)     # of others 2
+COLUMNS = dict(both=2, decided=2, amber=2, true=2, one=2, mean=2, best=2, std=4, ssim=3, lpips=3,
+               source=2, minutes=1)                                           # name: decimals
 
 
 def score_table(cfg, train_views, views, about):
@@ -327,46 +327,38 @@ def score_table(cfg, train_views, views, about):
     if cfg.lpips:
         from lpips import LPIPS
         lpips = LPIPS(net="vgg", verbose=False).to(cfg.device)
-    objects = range(len(views))
-    few = train_views.images[:: max(1, len(train_views.images) // 4096)]      # (M, 3, H, W)
-    mean = (few.float().mean(0) / 255).to(cfg.device)                         # (3, H, W)
-    targets = [test_views(views, o, cfg.eval_views)[1:] for o in objects]     # (V,) each
-    floor = [psnr(mean, scene(views, index, cfg)[0]).mean().item() for index in targets]
-    rows = {"mean image": dict(one=round(float(np.mean(floor)), 6))}
     told = lambda views, o: told_views(views, o, cfg.told)
+    rows = {}
     for name, given in {"teacher": None, f"teacher, told {cfg.told} views": told,
                         "stage 1": None, "stage 1, guided by 1": opposite_views,
                         "stage 2": None, "stage 2, guided by 1": opposite_views}.items():
-        file_name = name.replace(",", "").replace(" ", "_")
-        weights = out / f"{file_name[:7]}.pt"               # teacher.pt, stage_1.pt or stage_2.pt
+        stem = name.replace(",", "").replace(" ", "_")
+        weights = out / f"{stem[:7]}.pt"                    # teacher.pt, stage_1.pt or stage_2.pt
         if name != "teacher" and not weights.exists():
             continue
         network, meta = load_network(weights, Denoiser if "stage" in name else Teacher, cfg.device)
         if given is told and not network.encoder:
             continue
         predict = predictor(network, views, cfg, given, cfg.samples)
-        scores = evaluate(predict, views, cfg, cfg.eval_views, objects, name, lpips)
+        scores = evaluate(predict, views, cfg, cfg.eval_views, range(len(views)), name, lpips)
+        rows[name] = dict(average_scores(scores), minutes=meta["minutes"])
         text = "".join(json.dumps(r) + "\n" for r in scores)
-        write_atomically(out / "scores" / f"{cfg.split}_{file_name}.jsonl",
+        write_atomically(out / "scores" / f"{cfg.split}_{stem}.jsonl",
                          lambda file: file.write(text.encode()))
-        rows[name] = dict(average_scores(scores), minutes=meta["minutes"],
-                          parameters=sum(p.numel() for p in network.parameters()))
     kind = "procedural" if views.meta["procedural"] else "real"
-    sources = {str(int(test_views(views, o)[0] - views.start[o])) for o in objects}
     record = json.dumps(dict(table=rows, kind=kind, **about), indent=1)
     write_atomically(out / "results.json", lambda file: file.write(record.encode()))
     return (f"{views.meta['dataset']} ({kind}), {cfg.size}x{cfg.size}, {len(views)} {cfg.split} "
-            f"objects, view {' or '.join(sources)} in, {cfg.eval_views or 'all'} others out, "
-            f"{cfg.samples} samples, seed {cfg.seed}; PSNR of one, their mean, the best; std where "
-            f"the source hides; minutes of all stages up to this\n{format_rows(rows)}")
+            f"objects, view {views.meta['source']} in, {cfg.eval_views or 'all'} others out, "
+            f"{cfg.samples} samples, seed {cfg.seed}\n{format_rows(rows)}")
 
 
 def format_rows(rows):
     """{name: scores} -> lines of text."""
     shown = [k for k in COLUMNS if any(k in r for r in rows.values())]
-    lines = [" " * 26 + "".join(f"{k:>11}" for k in shown)]
+    lines = [" " * 26 + "".join(f"{k:>9}" for k in shown)]
     for name, r in rows.items():
-        cells = [f"{r[k]:11,.{DECIMALS.get(k, 2)}f}" if k in r else " " * 11 for k in shown]
+        cells = [f"{r[k]:9.{COLUMNS[k]}f}" if k in r else " " * 9 for k in shown]
         lines.append(f"{name:26}" + "".join(cells))
     return "\n".join(lines)
 
@@ -388,7 +380,7 @@ def preview(teacher, student, views, cfg):
         row = [*x[0]]
         for network in filter(None, [teacher, student]):
             g = predictor(network, views, cfg, n=min(cfg.samples, 8))(o)      # (n, N, ..)
-            row += renderings(g, cam, background, [1])[:, 0]                  # (n, 3, H, W)
+            row += renderings(g, cam.views([1]), background)[:, 0]            # (n, 3, H, W)
         rows.append(torch.cat(row, -1))                                       # (3, H, columns W)
     zoom = max(1, 128 // cfg.size)                                            # legible
     sheet = to_pixels(torch.cat(rows, 1)).repeat(zoom, 0).repeat(zoom, 1)     # (6 H, columns W, 3)
@@ -439,26 +431,23 @@ def quantise(states):
     0..65535, from low to high (23,). The n splats that are drawn in some state are kept."""
     x = torch.stack([torch.cat([g.xyz[0], g.opacity[0, :, None], g.quat[0],
                                 g.scale[0].clamp(min=1e-9).log(), g.sh[0].flatten(1)], 1)
-                     for g in states]).cpu()                                  # (states, N, 23)
-    drawn = (x[..., 3] >= ALPHA_MIN).any(0) & x.isfinite().all(2).all(0)      # (N,)
-    x = x[:, drawn].numpy()                                                   # (states, n, 23)
-    low = high = np.zeros(23, np.float32)
-    if x.size:
-        low, high = x.min((0, 1)), x.max((0, 1))
-        # A place or colour far out must not cost the others their precision: it is clamped.
-        wild = [0, 1, 2, *range(11, 23)]
-        usual = np.quantile(x[..., wild], [0.01, 0.99], (0, 1))               # (2, 15)
-        margin = 4 * (usual[1] - usual[0])
-        low[wild] = low[wild].clip(usual[0] - margin)
-        high[wild] = high[wild].clip(max=usual[1] + margin)
-    unit = ((high - low) / 65535).clip(1e-30)                                 # (23,)
-    q = ((x - low) / unit).round().clip(0, 65535).astype(int).swapaxes(1, 2)  # (states, 23, n)
+                     for g in states]).cpu().numpy()                          # (states, N, 23)
+    drawn = (x[..., 3] >= ALPHA_MIN).any(0)                                   # (N,)
+    drawn[0] = True                                                           # n > 0
+    x = x[:, drawn]                                                           # (states, n, 23)
+    # A number far out must not cost the others their precision: it is clamped.
+    low, high = np.quantile(x, [0.01, 0.99], (0, 1))                          # (23,) each
+    margin = 4 * (high - low)
+    x = x.clip(low - margin, high + margin)
+    low, high = x.min((0, 1)), x.max((0, 1))                                  # (23,) each
+    q = 65535 * (x - low) / (high - low).clip(1e-30)                          # (states, n, 23)
+    q = q.round().astype(int).swapaxes(1, 2)                                  # (states, 23, n)
     # The last state has 16 bits; the others 8, as differences to the state after them, modulo 256:
     # small numbers, so zlib packs them well.
     high_bytes = np.diff(q[::-1] >> 8, axis=0, prepend=0)                     # (states, 23, n)
     stream = np.concatenate([q[-1:], high_bytes]).astype(np.uint8).tobytes()
     return dict(n=q.shape[2], states=len(q), low=low.tolist(), high=high.tolist(),
-                data=base64.b64encode(zlib.compress(stream, 9)).decode())
+                data=base64.b64encode(zlib.compress(stream)).decode())
 
 
 def viewer_html(title, picture, objects, look):
@@ -543,13 +532,11 @@ def read_views(path, size, meta, a):
     """The source view, then those that guide -> images (1, V, 3, H, W), cameras relative to the
     first, background."""
     if path.is_dir():
-        split = next((split for split in data.SPLITS[::-1] if data.layout(path, split)), None)
-        if not split:
-            fail(f"{path}: a folder, but not the object of a dataset")
+        split = next((split for split in data.SPLITS if data.layout(path, split)), "test")
         pixels, c2w, K = data.read_object(path, split, size, meta)            # (V, size, size, 3)
         if K.shape[1] < len(meta["K"]):
             c2w, K = data.centred(c2w, K, path, size)
-        if K.shape[1] > len(meta["K"]) or not np.isfinite(c2w.sum() + K.sum()):
+        if K.shape[1] > len(meta["K"]):
             fail(f"{path}: its cameras are not such as these weights were trained with")
         index = a.views or [64 if len(c2w) > 64 else 0]
         if not set(index) <= set(range(len(c2w))):
@@ -569,28 +556,15 @@ def read_views(path, size, meta, a):
     return scene(views, torch.tensor(index), a)
 
 
-NUMBERS = {   # flags: default, least, most, what
-    "samples": (4, 1, 1000, "how many of each picture"),
-    "seed": (0, 0, 2 ** 63 - 1, "another seed, other samples"),
-    "steps": (0, 0, T - 1, "DDIM steps; 0: as many as in training"),
-    "frames": (36, 1, 1000, "of one turn"),
-    "size": (192, 1, 2048, "pixels of a rendering"),
-    "elevation": (None, -90.0, 90.0, "degrees by which the picture looks down; None: estimated"),
-}
-
-
-def integers(text):
-    return [int(x) for x in text.split(",")]
-
-
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
     add = parser.add_argument
-    add("image", nargs="+", type=Path, help="pictures, or a dataset's objects: folders in one of "
-        "the layouts that data.py reads")
-    add("--views", metavar="N,N", type=integers, help="of an object: its source view, then those "
-        "that guide the samples, if any; default: 64, or 0 if it has fewer views")
+    add("image", nargs="+", type=Path, help="pictures, or objects of a dataset: their folders")
+    add("--views", metavar="N,N", type=lambda text: [int(n) for n in text.split(",")],
+        help="of an object: its source view, then those that guide the samples, if any; "
+        "default 64, or 0 if it has fewer views")
     add("--view", action="append", type=Path, default=[],
         help="a further picture of the object that guides the samples; may be repeated")
     add("--pose", action="append", type=Path, default=[], help="one for each --view; see above")
@@ -598,10 +572,13 @@ def arguments():
         help="a stage_1.pt or stage_2.pt of train.py; default weights/cars.pt")
     add("--out", type=Path, help="default out/<name of the input>")
     add("--device", default="", help="default: the GPU if there is one")
-    for name, (default, least, _, text) in NUMBERS.items():
-        add(f"--{name}", metavar="X", type=type(least), default=default,
-            help=f"{text}; default {default}")
-    parser.error = fail
+    add("--samples", type=int, default=4, help="how many of each picture; default 4")
+    add("--seed", type=int, default=0, help="another seed, other samples; default 0")
+    add("--steps", type=int, help="DDIM steps; default: as many as in training")
+    add("--frames", type=int, default=36, help="of one turn; default 36")
+    add("--size", type=int, default=192, help="pixels of a rendering; default 192")
+    add("--elevation", type=float, help="degrees by which the picture looks down; default: "
+        "estimated")
     return parser
 
 
@@ -614,29 +591,26 @@ def load_networks(a):
     beside = a.weights.parent / "teacher.pt"
     teacher = load_network(beside, Teacher, a.device)[0] if beside.exists() else None
     a.steps = a.steps or meta.get("steps", STEPS)
-    results = a.weights.parent / "results.json"                    # of train.py: the usual dB
-    if results.exists() and "source" not in meta:
-        rows = json.loads(results.read_text())["table"]
-        meta["source"] = rows.get(a.weights.stem.replace("_", " "), {}).get("source", 0)
     return denoiser, teacher, meta
 
 
 @torch.no_grad()
 def main():
     a = arguments().parse_args()
-    for name, (_, least, most, _) in NUMBERS.items():
-        value = getattr(a, name)
-        if value is not None and not least <= value <= most:
-            fail(f"--{name} {value}: give {least} to {most}")
-    if a.samples * a.size > 16383:
-        fail("--samples x --size: more than the 16383 pixels that a .webp can be wide")
-    if len(a.view) != len(a.pose):
-        fail("give a --pose for each --view")
-    if len(a.image) > 1 and (a.out or a.view) or a.view and a.image[0].is_dir():
-        fail("--out goes with a single input, --view with a single picture")
     stems = [Path(os.path.abspath(path)).stem for path in a.image]
-    if len(set(stems)) < len(stems):
-        fail("two pictures of one name would share a folder; take one after the other")
+    for wrong, message in [
+            (min(a.samples, a.frames, a.size) < 1, "--samples, --frames, --size: give 1 or more"),
+            (a.samples * a.size > 16383, "--samples x --size: a .webp is at most 16383 wide"),
+            (not 1 <= (a.steps or 1) < T, f"--steps: give 1 to {T - 1}"),
+            (not 0 <= a.seed < 2 ** 63, "--seed: give 0 to 2^63 - 1"),
+            (not abs(a.elevation or 0) <= 90, "--elevation: give -90 to 90"),
+            (len(a.view) != len(a.pose), "give a --pose for each --view"),
+            (len(a.image) > 1 and (a.out or a.view) or a.view and a.image[0].is_dir(),
+             "--out goes with a single input, --view with a single picture"),
+            (len(set(stems)) < len(stems),
+             "two pictures of one name would share a folder; take one after the other")]:
+        if wrong:
+            fail(message)
     a.device = pick_device(a.device)
     warnings.simplefilter("ignore")                       # Pillow's, about odd files
     networks = load_networks(a)
@@ -645,8 +619,6 @@ def main():
         out = a.out or Path("out", stem)
         inputs = [path, *a.view, *a.pose]
         try:
-            if not str(path).isprintable():
-                fail(f"{str(path)!r}: cannot be printed; rename it")
             for file in inputs:
                 if not (file.is_file() or path.is_dir()):     # opening a pipe would wait for ever
                     fail(f"{file}: no such file, or a pipe or device")
