@@ -8,10 +8,6 @@
 writes into out/car/: viewer.html, a page to look around in; sample.png, the input and every sample
 from several sides; film.webp, the samples condensing from noise, then a turn; and for each sample a
 .ply in the standard 3DGS layout. The same seed gives the same files.
-
-A pose file holds 16 numbers, a rigid 4 x 4 matrix by rows: from the further camera's frame to the
-source camera's frame, both with OpenCV's axes (x right, y down, z forward), in the world units of
-the training data. Pictures with a pose, and their source, must be square and are not framed.
 """
 import argparse
 import base64
@@ -20,7 +16,6 @@ import json
 import math
 import os
 import sys
-import warnings
 import zlib
 from pathlib import Path
 
@@ -28,18 +23,19 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")   # threads that wait must not 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
 from tqdm import tqdm
 
 import data
-from model import STEPS, Denoiser, S, T, load_network, pick_device, write_atomically
+from model import Denoiser, S, load_network, pick_device, write_atomically
 from rasterize import (ALPHA_MIN, LOW_PASS, NEAR, Camera, Gaussians, fail, invert_pose, render,
                        transform)
 from teacher import Teacher
 from toys import cars
 
 HERE = Path(__file__).parent
-STRANGE = 11    # dB below held-out cars at which a picture is warned of; chairs lie there
+FRAMES = 36     # of one turn
+SIDE = 192      # pixels of a rendering
 
 
 # ---- noise -> splats -----------------------------------------------------------------------------
@@ -86,13 +82,9 @@ def results(path, networks, a):
     guide = guidance(denoiser, x, cam, background)
     trail = trajectory(denoiser, x[:, 0], guide, a)                           # (B, 24, H, W) each
     g = denoiser.gaussians(trail[-1], K)
-    found = psnr(renderings(one(g, 0), cam.views([0]), background), x[:, :1]).item()     # dB
-    if found < meta.get("source", 0) - STRANGE:
-        warn(path, f"its own view comes back at {found:.0f} dB; {meta['source']:.0f} is usual for "
-             f"held-out {meta['dataset']}, which these weights were trained for")
     middle = (denoiser.cfg.near + denoiser.cfg.far) / 2 + K[0, 4:].sum().item()
     look = dict(distance=middle, elevation=a.elevation, focal=K[0, 0].item() / size,
-                background=meta["background"])
+                background=meta["background"], near=NEAR)
     if a.elevation is None:
         look["elevation"] = estimate_elevation(g, middle)
         print(f"{path}: taken to look down by {look['elevation']} degrees, an estimate; if the "
@@ -103,29 +95,29 @@ def results(path, networks, a):
         return upright(network.gaussians(s, K[:len(s)]), look, size)
     states = [place(denoiser, s) for s in trail]
     g = states[-1]
-    angles = [2 * math.pi * i / a.frames for i in range(a.frames)]            # of one turn
-    turn = [photograph(g, angle, look, a.size) for angle in angles]           # (B, P, P, 3) each
+    angles = [2 * math.pi * i / FRAMES for i in range(FRAMES)]
+    turn = [photograph(g, angle, look) for angle in angles]                   # (B, P, P, 3) each
     spread = [x.std(0, ddof=min(1, a.samples - 1)).mean() / 255 for x in turn]
     most = int(np.argmax(spread))
-    sides = dict.fromkeys([0, most, *(k * a.frames // 4 for k in (1, 2, 3))])
+    sides = dict.fromkeys([0, most, *(k * FRAMES // 4 for k in (1, 2, 3))])
     pixels = to_pixels(x[0, 0])                                               # (size, size, 3)
-    picture = Image.fromarray(pixels).resize((a.size, a.size), Image.Resampling.BICUBIC)
+    picture = Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     rows = [np.hstack([picture, *(turn[side][k] for side in sides)]) for k in range(a.samples)]
     yield "sample.png", encoded([np.vstack(rows)], "PNG")
 
     objects = {f"sample {k}": [one(state, k) for state in states] for k in range(a.samples)}
     if teacher:
         objects["teacher"] = [place(teacher, teacher(x[:, :1]))]
-    look["differ"] = most * 360 / a.frames
-    page = viewer_html(Path(os.path.abspath(path)).name, encoded([pixels], "PNG"), objects, look)
+    look["differ"] = most * 360 / FRAMES
+    page = viewer_html(path.name, encoded([pixels], "PNG"), objects, look)
     yield "viewer.html", page.encode()
 
     film = []                                                                 # (B, P, P, 3) each
     for i, angle in enumerate(angles):
-        step = a.steps * (1 - (1 - i / a.frames) ** 2)                        # slower and slower
+        step = a.steps * (1 - (1 - i / FRAMES) ** 2)                        # slower and slower
         k = int(step)
         s = trail[k].lerp(trail[k + 1], step - k)                             # (B, 24, H, W)
-        film.append(photograph(place(denoiser, s), angle, look, a.size))
+        film.append(photograph(place(denoiser, s), angle, look))
     film = [np.hstack(x) for x in film + turn]                                # (P, B P, 3) each
     yield "film.webp", encoded(film, "WEBP", save_all=True, duration=83, loop=0)     # 12 a second
     for k in range(a.samples):
@@ -140,26 +132,29 @@ def results(path, networks, a):
 # A network's splats live in its source camera's frame. All that leaves this file is in the upright
 # frame instead: the object's middle at the origin, level OpenCV axes (y down, z forward), which is
 # what viewers of .ply files expect. `look` is a dict of distance, elevation (degrees by which the
-# source camera looks down), focal / side of the picture, and background.
+# source camera looks down), focal / side of the picture, background; and, for the page, near and
+# differ: the side in degrees from which its thumbnails are seen.
 
 def estimate_elevation(g, distance):
     """Degrees from 0 to 60 for B samples g of one object in the source camera's frame (ours). What
     stands on level ground has level parts, such as roof and sill: seen from the right angle, the
     heights of its splats fill the fewest of some levels, that is, their entropy is least."""
     _, y, z = (g.xyz[g.opacity > 0.3] * 96 / distance).T.cpu().numpy()        # (n,) levels
-    entropies = []
-    for angle in np.radians(np.arange(61)):
-        height = y * np.cos(angle) + (z - 96) * np.sin(angle)                 # (n,)
+
+    def order(degrees):
+        """n log n - n x entropy."""
+        angle = math.radians(degrees)
+        height = y * math.cos(angle) + (z - 96) * math.sin(angle)             # (n,)
         count, _ = np.histogram(height, np.arange(-60, 61))                   # (120,)
-        p = count[count > 0] / count.sum()
-        entropies.append(-(p * np.log(p)).sum())
-    return int(np.argmin(entropies))
+        return (count * np.log(count.clip(1))).sum()
+    return max(range(61), key=order)
 
 
 def orbit(angle, look):
     """w2c (1, 1, 4, 4) of a camera around the origin; the source camera stands at angle 0."""
-    c = math.cos(math.radians(look["elevation"]))
-    s = math.sin(math.radians(look["elevation"]))
+    down = math.radians(look["elevation"])
+    c = math.cos(down)
+    s = math.sin(down)
     x = math.cos(angle)
     y = math.sin(angle)
     R_t = [[x, 0, y, 0], [s * y, c, -s * x, 0], [-c * y, s, c * x, look["distance"]]]
@@ -176,11 +171,11 @@ def upright(g, look, size):
     return transform(g, pose.expand(len(g.xyz), -1, -1))
 
 
-def photograph(g, angle, look, side):
-    """B objects from an angle in radians -> (B, side, side, 3) uint8."""
-    f = look["focal"] * side
-    K = g.xyz.new_tensor([[[f, f, side / 2, side / 2]]])                      # (1, 1, 4) pixels
-    cam = Camera(orbit(angle, look).to(K), K, (side, side))
+def photograph(g, angle, look):
+    """B objects from an angle in radians -> (B, P, P, 3) uint8, P = SIDE."""
+    f = look["focal"] * SIDE
+    K = g.xyz.new_tensor([[[f, f, SIDE / 2, SIDE / 2]]])                      # (1, 1, 4) pixels
+    cam = Camera(orbit(angle, look).to(K), K, (SIDE, SIDE))
     x = renderings(g, cam, K.new_tensor(look["background"]))                  # (B, 1, 3, P, P)
     return to_pixels(x[:, 0])
 
@@ -227,7 +222,7 @@ def told_views(views, o, n):
     may all be from one side, as SRN's test cameras wind around the object."""
     index = test_views(views, o)                                              # (V,)
     order = torch.randperm(len(index) - 1, generator=torch.Generator().manual_seed(o))
-    return index[[0, *(1 + order[:n]).tolist()]]
+    return torch.cat([index[:1], index[1:][order[:n]]])
 
 
 def scene(views, index, cfg):
@@ -311,12 +306,8 @@ def evaluate(predict, views, cfg, n_views, objects, title="", lpips=None):
 
 
 def average_scores(scores):
-    names = {k for r in scores for k in r} - {"object"}
-    return {k: round(float(np.mean([r[k] for r in scores if k in r])), 6) for k in sorted(names)}
-
-
-COLUMNS = dict(both=2, decided=2, amber=2, true=2, one=2, mean=2, best=2, std=4, ssim=3, lpips=3,
-               source=2, minutes=1)                                           # name: decimals
+    names = dict.fromkeys(k for r in scores for k in r if k != "object")
+    return {k: round(float(np.mean([r[k] for r in scores if k in r])), 6) for k in names}
 
 
 def score_table(cfg, train_views, views, about):
@@ -341,7 +332,7 @@ def score_table(cfg, train_views, views, about):
             continue
         predict = predictor(network, views, cfg, given, cfg.samples)
         scores = evaluate(predict, views, cfg, cfg.eval_views, range(len(views)), name, lpips)
-        rows[name] = dict(average_scores(scores), minutes=meta["minutes"])
+        rows[name] = dict(minutes=meta["minutes"], **average_scores(scores))
         text = "".join(json.dumps(r) + "\n" for r in scores)
         write_atomically(out / "scores" / f"{cfg.split}_{stem}.jsonl",
                          lambda file: file.write(text.encode()))
@@ -355,10 +346,10 @@ def score_table(cfg, train_views, views, about):
 
 def format_rows(rows):
     """{name: scores} -> lines of text."""
-    shown = [k for k in COLUMNS if any(k in r for r in rows.values())]
-    lines = [" " * 26 + "".join(f"{k:>9}" for k in shown)]
+    names = dict.fromkeys(k for r in rows.values() for k in r)
+    lines = [" " * 26 + "".join(f"{k:>9}" for k in names)]
     for name, r in rows.items():
-        cells = [f"{r[k]:9.{COLUMNS[k]}f}" if k in r else " " * 9 for k in shown]
+        cells = [f"{r[k]:9.4g}" if k in r else " " * 9 for k in names]
         lines.append(f"{name:26}" + "".join(cells))
     return "\n".join(lines)
 
@@ -384,9 +375,8 @@ def preview(teacher, student, views, cfg):
         rows.append(torch.cat(row, -1))                                       # (3, H, columns W)
     zoom = max(1, 128 // cfg.size)                                            # legible
     sheet = to_pixels(torch.cat(rows, 1)).repeat(zoom, 0).repeat(zoom, 1)     # (6 H, columns W, 3)
-    picture = Image.fromarray(np.pad(sheet, ((16, 0), (0, 0), (0, 0))))
-    ImageDraw.Draw(picture).text((4, 2), "source | truth | teacher | samples", "white")
-    write_atomically(Path(cfg.out) / "preview.png", lambda file: picture.save(file, "PNG"))
+    picture = encoded([sheet], "PNG")
+    write_atomically(Path(cfg.out) / "preview.png", lambda file: file.write(picture))
 
 
 # ==== The idea ends here. Below: file formats, pictures from the wild, flags. =====================
@@ -452,15 +442,13 @@ def quantise(states):
 
 def viewer_html(title, picture, objects, look):
     """assets/viewer.html with the splats put in: a page that needs no network -> str. picture: the
-    bytes of a .png. objects: {name: [Gaussians of every state, B = 1, upright]}. look: as for
-    cameras, and `differ`, the side in degrees that the thumbnails show."""
+    bytes of a .png. objects: {name: [Gaussians of every state, B = 1, upright]}."""
     packed = [dict(name=name, **quantise(states)) for name, states in objects.items()]
-    page = dict(title=title, picture=base64.b64encode(picture).decode(), objects=packed,
-                look=dict(look, near=NEAR))
-    # Inside <script> only "<" could end the text early; JSON has another spelling for it.
-    text = json.dumps(page).replace("<", "\\u003c")
+    content = json.dumps(dict(title=title, picture=base64.b64encode(picture).decode(),
+                              objects=packed, look=look))
     page = (HERE / "assets" / "viewer.html").read_text(encoding="utf-8")
-    return page.replace("{{scene}}", text)
+    # Inside <script> only "<" could end the text early; JSON has another spelling for it.
+    return page.replace("{{scene}}", content.replace("<", "\\u003c"))
 
 
 # ---- pictures from the wild ----------------------------------------------------------------------
@@ -481,15 +469,13 @@ def frame(path, image, background):
     The subject is told by alpha if that cuts it out, else by distance from the border's colour."""
     cover = np.asarray(image)[..., 3] / 255                                   # (h, w) in [0, 1]
     noise = 0
-    if (cover > 0.5).mean() > 0.95:   # no cut-out: at most a margin or corners are transparent
-        image = image.crop(Image.fromarray(cover > 0.5).getbbox())
-        opaque = np.asarray(image)[..., 3] > 127                              # (h, w)
-        edge = opaque.copy()
-        edge[1:-1, 1:-1] = False
+    if (cover > 0.5).mean() > 0.95:                                           # it is not cut out
         rgb = data.on_background(image, background).astype(float)             # (h, w, 3)
+        edge = np.ones(cover.shape, bool)
+        edge[1:-1, 1:-1] = False
         far = abs(rgb - np.median(rgb[edge], 0)).max(2)                       # (h, w) grey levels
         noise = np.quantile(far[edge], 0.9)
-        cover = (far / (8 + 2 * noise) - 1).clip(0, 1) * opaque               # (h, w)
+        cover = (far / (8 + 2 * noise) - 1).clip(0, 1)                        # (h, w)
         if noise <= 24 and (rgb[edge] != np.multiply(background, 255)).any():
             image = Image.fromarray(np.dstack([rgb, 255 * cover]).astype(np.uint8))
     side = max(image.size)
@@ -504,8 +490,6 @@ def frame(path, image, background):
         low, high = np.quantile([x, y], [0.001, 0.999], 1)                    # x y, without specks
         middle = (low + high + 1) / 2
         extent = max(high - low) + 1                                          # pixels
-        if min(*low, *image.size - high - 1) < 1:
-            warn(path, "the object is cut off by the picture's edge; in training it never is")
         off = abs((middle - corner) / side - MIDDLE).max()
         if not 0.35 <= extent / side <= 0.80 or off > 0.1:
             side = round(extent / SHARE)
@@ -567,7 +551,9 @@ def arguments():
         "default 64, or 0 if it has fewer views")
     add("--view", action="append", type=Path, default=[],
         help="a further picture of the object that guides the samples; may be repeated")
-    add("--pose", action="append", type=Path, default=[], help="one for each --view; see above")
+    add("--pose", action="append", type=Path, default=[], help="of each --view: a file with the "
+        "rigid 4 x 4 matrix, by rows, from its camera to the source's camera, both with OpenCV's "
+        "axes, in the units of the training data; these pictures must be square")
     add("--weights", type=Path, default=HERE / "weights" / "cars.pt",
         help="a stage_1.pt or stage_2.pt of train.py; default weights/cars.pt")
     add("--out", type=Path, help="default out/<name of the input>")
@@ -575,8 +561,6 @@ def arguments():
     add("--samples", type=int, default=4, help="how many of each picture; default 4")
     add("--seed", type=int, default=0, help="another seed, other samples; default 0")
     add("--steps", type=int, help="DDIM steps; default: as many as in training")
-    add("--frames", type=int, default=36, help="of one turn; default 36")
-    add("--size", type=int, default=192, help="pixels of a rendering; default 192")
     add("--elevation", type=float, help="degrees by which the picture looks down; default: "
         "estimated")
     return parser
@@ -590,49 +574,37 @@ def load_networks(a):
     print(f"weights: {a.weights} ({meta['dataset']}, {kind}, {denoiser.cfg.size} pixels)")
     beside = a.weights.parent / "teacher.pt"
     teacher = load_network(beside, Teacher, a.device)[0] if beside.exists() else None
-    a.steps = a.steps or meta.get("steps", STEPS)
+    a.steps = a.steps or meta["steps"]
     return denoiser, teacher, meta
 
 
 @torch.no_grad()
 def main():
     a = arguments().parse_args()
+    inputs = [*a.image, *a.view, *a.pose]
     stems = [Path(os.path.abspath(path)).stem for path in a.image]
     for wrong, message in [
-            (min(a.samples, a.frames, a.size) < 1, "--samples, --frames, --size: give 1 or more"),
-            (a.samples * a.size > 16383, "--samples x --size: a .webp is at most 16383 wide"),
-            (not 1 <= (a.steps or 1) < T, f"--steps: give 1 to {T - 1}"),
-            (not 0 <= a.seed < 2 ** 63, "--seed: give 0 to 2^63 - 1"),
-            (not abs(a.elevation or 0) <= 90, "--elevation: give -90 to 90"),
+            (not 1 <= a.samples <= 16383 // SIDE,                             # as wide as .webp goes
+             f"--samples: give 1 to {16383 // SIDE}"),
+            (a.steps and a.steps < 1, "--steps: give 1 or more"),
             (len(a.view) != len(a.pose), "give a --pose for each --view"),
             (len(a.image) > 1 and (a.out or a.view) or a.view and a.image[0].is_dir(),
              "--out goes with a single input, --view with a single picture"),
             (len(set(stems)) < len(stems),
-             "two pictures of one name would share a folder; take one after the other")]:
+             "two pictures of one name would share a folder; take one after the other"),
+            *((not (os.path.isfile(path) or os.path.isdir(path)),             # a pipe would hang
+               f"{path}: no such file, or a pipe or device") for path in inputs)]:
         if wrong:
             fail(message)
     a.device = pick_device(a.device)
-    warnings.simplefilter("ignore")                       # Pillow's, about odd files
     networks = load_networks(a)
-    errors = []
     for path, stem in zip(a.image, stems):
         out = a.out or Path("out", stem)
-        inputs = [path, *a.view, *a.pose]
-        try:
-            for file in inputs:
-                if not (file.is_file() or path.is_dir()):     # opening a pipe would wait for ever
-                    fail(f"{file}: no such file, or a pipe or device")
-            for name, content in results(path, networks, a):
-                if os.path.realpath(out / name) in map(os.path.realpath, inputs):
-                    fail(f"{out / name}: is an input, not written over; choose another --out")
-                write_atomically(out / name, lambda file: file.write(content))
-            print(f"{path} -> {out}/", flush=True)
-        except SystemExit as stop:                        # bad input: the others are still made
-            errors.append(str(stop))
-        except (OSError, ValueError) as e:
-            errors.append(f"error: {path}: {e}")
-    if errors:
-        raise SystemExit("\n".join(errors))
+        for name, content in results(path, networks, a):
+            if os.path.realpath(out / name) in map(os.path.realpath, inputs):
+                fail(f"{out / name}: is an input, not written over; choose another --out")
+            write_atomically(out / name, lambda file: file.write(content))
+        print(f"{path} -> {out}/", flush=True)
 
 
 if __name__ == "__main__":
