@@ -95,8 +95,7 @@ def results(path, networks, a):
         return upright(network.gaussians(s, K[:len(s)]), look, size)
     states = [place(denoiser, s) for s in trail]
     g = states[-1]
-    angles = [2 * math.pi * i / FRAMES for i in range(FRAMES)]
-    turn = [photograph(g, angle, look) for angle in angles]                   # (B, P, P, 3) each
+    turn = [photograph(g, i, look) for i in range(FRAMES)]                    # (B, P, P, 3) each
     spread = [x.std(0, ddof=min(1, a.samples - 1)).mean() / 255 for x in turn]
     most = int(np.argmax(spread))
     sides = dict.fromkeys([0, most, *(k * FRAMES // 4 for k in (1, 2, 3))])
@@ -113,11 +112,11 @@ def results(path, networks, a):
     yield "viewer.html", page.encode()
 
     film = []                                                                 # (B, P, P, 3) each
-    for i, angle in enumerate(angles):
+    for i in range(FRAMES):
         step = a.steps * (1 - (1 - i / FRAMES) ** 2)                        # slower and slower
         k = int(step)
         s = trail[k].lerp(trail[k + 1], step - k)                             # (B, 24, H, W)
-        film.append(photograph(place(denoiser, s), angle, look))
+        film.append(photograph(place(denoiser, s), i, look))
     film = [np.hstack(x) for x in film + turn]                                # (P, B P, 3) each
     yield "film.webp", encoded(film, "WEBP", save_all=True, duration=83, loop=0)     # 12 a second
     for k in range(a.samples):
@@ -171,11 +170,11 @@ def upright(g, look, size):
     return transform(g, pose.expand(len(g.xyz), -1, -1))
 
 
-def photograph(g, angle, look):
-    """B objects from an angle in radians -> (B, P, P, 3) uint8, P = SIDE."""
+def photograph(g, i, look):
+    """B objects in frame i of a turn -> (B, P, P, 3) uint8, P = SIDE."""
     f = look["focal"] * SIDE
     K = g.xyz.new_tensor([[[f, f, SIDE / 2, SIDE / 2]]])                      # (1, 1, 4) pixels
-    cam = Camera(orbit(angle, look).to(K), K, (SIDE, SIDE))
+    cam = Camera(orbit(2 * math.pi * i / FRAMES, look).to(K), K, (SIDE, SIDE))
     x = renderings(g, cam, K.new_tensor(look["background"]))                  # (B, 1, 3, P, P)
     return to_pixels(x[:, 0])
 
@@ -584,8 +583,7 @@ def main():
     inputs = [*a.image, *a.view, *a.pose]
     stems = [Path(os.path.abspath(path)).stem for path in a.image]
     for wrong, message in [
-            (not 1 <= a.samples <= 16383 // SIDE,                             # as wide as .webp goes
-             f"--samples: give 1 to {16383 // SIDE}"),
+            (not 1 <= a.samples <= 85, "--samples: give 1 to 85"),            # a .webp is full then
             (a.steps and a.steps < 1, "--steps: give 1 or more"),
             (len(a.view) != len(a.pose), "give a --pose for each --view"),
             (len(a.image) > 1 and (a.out or a.view) or a.view and a.image[0].is_dir(),
