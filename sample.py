@@ -34,16 +34,15 @@ from teacher import Teacher
 from toys import cars
 
 HERE = Path(__file__).parent
-FRAMES = 36     # of one turn
+FRAMES = 36     # of one turn, a multiple of 4
 SIDE = 192      # pixels of a rendering
 
 
-# ---- noise -> splats -----------------------------------------------------------------------------
+# ---- a picture -> splats -> files ----------------------------------------------------------------
 
 def guidance(network, x, cam, background):
-    """-> guide(s) for `denoise`: the error (B,) of splats s (B, 24, H, W) of the denoiser, or raw
-    ones of the teacher, in all views but the first, the source; None if there are no others. x
-    (1, V, 3, H, W) in [0, 1]."""
+    """-> guide(s) for `denoise`: the error (B,) of a network's splats s (B, 24, H, W) in all views
+    of x (1, V, 3, H, W) but the first, the source. None if there are no others."""
     def guide(s):
         g = network.gaussians(s, cam.K[:, 0].expand(len(s), -1))
         x_hat = renderings(g, cam.views(slice(1, None)), background)          # (B, V-1, 3, H, W)
@@ -59,8 +58,7 @@ def renderings(g, cam, background):
 
 
 def trajectory(denoiser, x_src, guide, a):
-    """Sampling that remembers: x_src (1, 3, H, W) -> [s_t of every DDIM step, then the result],
-    each (B, 24, H, W)."""
+    """x_src (1, 3, H, W) -> s_t of every DDIM step, then the result: (B, 24, H, W) each."""
     trail = []
     hook = denoiser.register_forward_pre_hook(lambda _, inputs: trail.append(inputs[0].detach()))
     noise = torch.Generator().manual_seed(a.seed)      # on the CPU: the same for every device
@@ -71,22 +69,18 @@ def trajectory(denoiser, x_src, guide, a):
     return [*trail, s_hat]
 
 
-# ---- one picture, from reading to the last file --------------------------------------------------
-
-def results(path, networks, a):
-    """Yields (name, bytes) of every file that is made of one input."""
-    denoiser, teacher, meta = networks
+def results(path, denoiser, teacher, meta, a):
+    """Yields (name, bytes) of every file that is made of one input; the teacher may be None."""
     size = denoiser.cfg.size
     x, cam, background = read_views(path, size, meta, a)                      # (1, V, 3, H, W)
     K = cam.K[:, 0].expand(a.samples, -1)                                     # (B, 4 or 5)
     guide = guidance(denoiser, x, cam, background)
     trail = trajectory(denoiser, x[:, 0], guide, a)                           # (B, 24, H, W) each
-    g = denoiser.gaussians(trail[-1], K)
     middle = (denoiser.cfg.near + denoiser.cfg.far) / 2 + K[0, 4:].sum().item()
     look = dict(distance=middle, elevation=a.elevation, focal=K[0, 0].item() / size,
                 background=meta["background"], near=NEAR)
     if a.elevation is None:
-        look["elevation"] = estimate_elevation(g, middle)
+        look["elevation"] = estimate_elevation(denoiser.gaussians(trail[-1], K), middle)
         print(f"{path}: taken to look down by {look['elevation']} degrees, an estimate; if the "
               "splats are tilted, give --elevation")
 
@@ -98,7 +92,7 @@ def results(path, networks, a):
     turn = [photograph(g, i, look) for i in range(FRAMES)]                    # (B, P, P, 3) each
     spread = [x.std(0, ddof=min(1, a.samples - 1)).mean() / 255 for x in turn]
     most = int(np.argmax(spread))
-    sides = dict.fromkeys([0, most, *(k * FRAMES // 4 for k in (1, 2, 3))])
+    sides = dict.fromkeys([0, most, *range(0, FRAMES, FRAMES // 4)])          # without repeats
     pixels = to_pixels(x[0, 0])                                               # (size, size, 3)
     picture = Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     rows = [np.hstack([picture, *(turn[side][k] for side in sides)]) for k in range(a.samples)]
@@ -113,7 +107,7 @@ def results(path, networks, a):
 
     film = []                                                                 # (B, P, P, 3) each
     for i in range(FRAMES):
-        step = a.steps * (1 - (1 - i / FRAMES) ** 2)                        # slower and slower
+        step = a.steps * (1 - (1 - i / FRAMES) ** 2)                          # slower and slower
         k = int(step)
         s = trail[k].lerp(trail[k + 1], step - k)                             # (B, 24, H, W)
         film.append(photograph(place(denoiser, s), i, look))
@@ -136,17 +130,14 @@ def results(path, networks, a):
 
 def estimate_elevation(g, distance):
     """Degrees from 0 to 60 for B samples g of one object in the source camera's frame (ours). What
-    stands on level ground has level parts, such as roof and sill: seen from the right angle, the
-    heights of its splats fill the fewest of some levels, that is, their entropy is least."""
+    stands on level ground has level parts, such as roof and sill: at the right angle its splats
+    are at few heights, so the entropy of their heights is least."""
     _, y, z = (g.xyz[g.opacity > 0.3] * 96 / distance).T.cpu().numpy()        # (n,) levels
-
-    def order(degrees):
-        """n log n - n x entropy."""
-        angle = math.radians(degrees)
-        height = y * math.cos(angle) + (z - 96) * math.sin(angle)             # (n,)
-        count, _ = np.histogram(height, np.arange(-60, 61))                   # (120,)
-        return (count * np.log(count.clip(1))).sum()
-    return max(range(61), key=order)
+    angles = np.radians(np.arange(61))[:, None]
+    heights = y * np.cos(angles) + (z - 96) * np.sin(angles)                  # (61, n)
+    counts = np.stack([np.histogram(h, np.arange(-60, 61))[0] for h in heights])      # (61, 120)
+    order = (counts * np.log(counts.clip(1))).sum(1)                          # (61,) - n x entropy
+    return int(order.argmax())
 
 
 def orbit(angle, look):
@@ -161,9 +152,9 @@ def orbit(angle, look):
 
 
 def upright(g, look, size):
-    """From the source camera's frame to the upright one. Splats learn where the renderer widens
-    each by LOW_PASS px^2; seen from nearer, or in more pixels, gaps open between them. They get
-    that width for good, in world units."""
+    """From the source camera's frame to the upright one. In training the renderer widens each
+    splat by LOW_PASS px^2; from nearer, or in more pixels, gaps would open between them. So they
+    get that width here, in world units."""
     pixel = look["distance"] / (look["focal"] * size)                         # at the object
     g = g._replace(scale=(g.scale ** 2 + LOW_PASS * pixel ** 2).sqrt())       # (B, N, 3)
     pose = invert_pose(orbit(0, look))[0].to(g.xyz.device)                    # (1, 4, 4)
@@ -233,8 +224,8 @@ def scene(views, index, cfg):
 
 def predictor(network, views, cfg, given=None, n=1):
     """-> predict(o): the Gaussians of test object o from its source view. The further views in
-    given(views, o), which begins with the source, tell the teacher or guide the student. Of the
-    student n samples, from noise that belongs to the object's number."""
+    given(views, o), which begins with the source, tell the teacher or guide the student. The
+    student draws n samples, from noise that depends on cfg.seed, o and the sample's number."""
     def predict(o):
         index = given(views, o) if given else test_views(views, o)[:1]        # (V,)
         x, cam, background = scene(views, index, cfg)                         # (1, V, 3, H, W)
@@ -259,8 +250,8 @@ def hidden(depth, alpha, cam):
     f, c = cam.K[0, :, :4, None].split(2, 1)                                  # (V, 2, 1)
     z = (depth / alpha.clamp(min=1e-3)).flatten(2)                            # (V, 1, HW)
     xyz = torch.cat([(torch.stack([n % W, n // W]) + 0.5 - c) / f * z, z], 1)     # (V, 3, HW)
-    c2w = invert_pose(cam.w2c[0])                                             # (V, 4, 4)
-    xyz = c2w[:, :3, :3] @ xyz + c2w[:, :3, 3:]                               # in the first camera
+    R, t = invert_pose(cam.w2c[0])[:, :3].split([3, 1], 2)                    # to the first camera
+    xyz = R @ xyz + t                                                         # (V, 3, HW)
     x, y = (xyz[:, :2] / xyz[:, 2:] * f[0] + c[0]).long().clamp(0, W - 1).unbind(1)   # (V, HW)
     behind = xyz[:, 2] > z[0, 0, y * W + x] + 0.05                            # (V, HW)
     return (behind & (alpha.flatten(1) > 0.5)).view(V, H, W)
@@ -310,8 +301,8 @@ def average_scores(scores):
 
 
 def score_table(cfg, train_views, views, about):
-    """Every row that the weights in cfg.out can make -> the table as text. Also writes results.json
-    and, for each row, the scores of each object."""
+    """Evaluates all weights in cfg.out -> a table as text. Writes the table into results.json, and
+    the scores of each object into scores/."""
     out = Path(cfg.out)
     lpips = None
     if cfg.lpips:
@@ -362,8 +353,8 @@ def evaluate_few(network, views, cfg):
 
 @torch.no_grad()
 def preview(teacher, student, views, cfg):
-    """Draws preview.png, a row for each of 6 objects: source | truth from the side that it hides |
-    the teacher's rendering of that side | samples'. The student may be None."""
+    """Writes preview.png, a row for each of 6 objects: the source view; from the opposite side the
+    truth, the teacher, the student's samples. The student may be None."""
     rows = []
     for o in range(min(6, len(views))):
         x, cam, background = scene(views, opposite_views(views, o), cfg)      # (1, 2, 3, H, W)
@@ -429,8 +420,8 @@ def quantise(states):
     margin = 4 * (high - low)
     x = x.clip(low - margin, high + margin)
     low, high = x.min((0, 1)), x.max((0, 1))                                  # (23,) each
-    q = 65535 * (x - low) / (high - low).clip(1e-30)                          # (states, n, 23)
-    q = q.round().astype(int).swapaxes(1, 2)                                  # (states, 23, n)
+    q = 65535 * (x - low) / (high - low).clip(1e-30) + 0.5                    # (states, n, 23)
+    q = q.astype(np.uint16).swapaxes(1, 2)                                    # (states, 23, n)
     # The last state has 16 bits; the others 8, as differences to the state after them, modulo 256:
     # small numbers, so zlib packs them well.
     high_bytes = np.diff(q[::-1] >> 8, axis=0, prepend=0)                     # (states, 23, n)
@@ -458,10 +449,6 @@ SHARE = 0.67
 MIDDLE = np.array([0.50, 0.54])            # x y
 
 
-def warn(path, text):
-    print(f"warning: {path}: {text}", file=sys.stderr)
-
-
 def frame(path, image, background):
     """RGBA image -> a square one, around the subject if that does not lie as in training. Beyond
     the picture it is transparent; so is the ground, unless it is the training background already.
@@ -481,8 +468,8 @@ def frame(path, image, background):
     corner = (np.array(image.size) - side) // 2                               # x y, at most 0
     y, x = np.nonzero(cover > 0.5)
     if noise > 24:
-        warn(path, "its background has more than one colour; for good splats cut the object out, "
-             "on a transparent or plain ground")
+        print(f"warning: {path}: its background has more than one colour; for good splats cut the "
+              "object out, on a transparent or plain ground", file=sys.stderr)
     elif not len(x):
         fail(f"{path}: there is nothing but background; give a picture of an object")
     else:
@@ -529,7 +516,7 @@ def read_views(path, size, meta, a):
     else:
         pixels = np.stack([prepare(file, size, meta["background"], bool(a.view))
                            for file in [path, *a.view]])
-        poses = [data.rigid(data.numbers(file, "a pose"), file, "a pose") for file in a.pose]
+        poses = [data.rigid(data.numbers(file), file) for file in a.pose]
         c2w = np.stack([np.eye(4), *poses])                                   # (V, 4, 4)
         K = np.tile(meta["K"], (len(c2w), 1))                                 # (V, 4 or 5)
         index = range(len(c2w))
@@ -546,13 +533,12 @@ def arguments():
     add = parser.add_argument
     add("image", nargs="+", type=Path, help="pictures, or objects of a dataset: their folders")
     add("--views", metavar="N,N", type=lambda text: [int(n) for n in text.split(",")],
-        help="of an object: its source view, then those that guide the samples, if any; "
-        "default 64, or 0 if it has fewer views")
+        help="of an object: the source view, then any that guide; default 64, or 0 if it has fewer")
     add("--view", action="append", type=Path, default=[],
-        help="a further picture of the object that guides the samples; may be repeated")
+        help="a further picture of the object that guides the samples; square, may be repeated")
     add("--pose", action="append", type=Path, default=[], help="of each --view: a file with the "
         "rigid 4 x 4 matrix, by rows, from its camera to the source's camera, both with OpenCV's "
-        "axes, in the units of the training data; these pictures must be square")
+        "axes (x right, y down, z forward), in the world units of the training data")
     add("--weights", type=Path, default=HERE / "weights" / "cars.pt",
         help="a stage_1.pt or stage_2.pt of train.py; default weights/cars.pt")
     add("--out", type=Path, help="default out/<name of the input>")
@@ -560,21 +546,8 @@ def arguments():
     add("--samples", type=int, default=4, help="how many of each picture; default 4")
     add("--seed", type=int, default=0, help="another seed, other samples; default 0")
     add("--steps", type=int, help="DDIM steps; default: as many as in training")
-    add("--elevation", type=float, help="degrees by which the picture looks down; default: "
-        "estimated")
+    add("--elevation", type=float, help="degrees the camera looks down by; default: estimated")
     return parser
-
-
-def load_networks(a):
-    """-> denoiser, the teacher beside it or None, and what the file says."""
-    denoiser, meta = load_network(a.weights, Denoiser, a.device)
-    denoiser.to(memory_format=torch.channels_last)                 # faster on a CPU
-    kind = "procedural" if meta["data"]["procedural"] else "real"
-    print(f"weights: {a.weights} ({meta['dataset']}, {kind}, {denoiser.cfg.size} pixels)")
-    beside = a.weights.parent / "teacher.pt"
-    teacher = load_network(beside, Teacher, a.device)[0] if beside.exists() else None
-    a.steps = a.steps or meta["steps"]
-    return denoiser, teacher, meta
 
 
 @torch.no_grad()
@@ -595,10 +568,16 @@ def main():
         if wrong:
             fail(message)
     a.device = pick_device(a.device)
-    networks = load_networks(a)
+    denoiser, meta = load_network(a.weights, Denoiser, a.device)
+    denoiser.to(memory_format=torch.channels_last)                            # faster on a CPU
+    kind = "procedural" if meta["data"]["procedural"] else "real"
+    print(f"weights: {a.weights} ({meta['dataset']}, {kind}, {denoiser.cfg.size} pixels)")
+    beside = a.weights.parent / "teacher.pt"
+    teacher = load_network(beside, Teacher, a.device)[0] if beside.exists() else None
+    a.steps = a.steps or meta["steps"]
     for path, stem in zip(a.image, stems):
         out = a.out or Path("out", stem)
-        for name, content in results(path, networks, a):
+        for name, content in results(path, denoiser, teacher, meta, a):
             if os.path.realpath(out / name) in map(os.path.realpath, inputs):
                 fail(f"{out / name}: is an input, not written over; choose another --out")
             write_atomically(out / name, lambda file: file.write(content))
