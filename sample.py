@@ -70,7 +70,7 @@ def trajectory(denoiser, x_src, guide, a):
 
 
 def results(path, denoiser, teacher, meta, a):
-    """Yields (name, bytes) of every file that is made of one input; the teacher may be None."""
+    """Yields (name, bytes) of every file that is made of one input."""
     size = denoiser.cfg.size
     x, cam, background = read_views(path, size, meta, a)                      # (1, V, 3, H, W)
     K = cam.K[:, 0].expand(a.samples, -1)                                     # (B, 4 or 5)
@@ -99,8 +99,7 @@ def results(path, denoiser, teacher, meta, a):
     yield "sample.png", encoded([np.vstack(rows)], "PNG")
 
     objects = {f"sample {k}": [one(state, k) for state in states] for k in range(a.samples)}
-    if teacher:
-        objects["teacher"] = [place(teacher, teacher(x[:, :1]))]
+    objects["teacher"] = [place(teacher, teacher(x[:, :1]))]
     look["differ"] = most * 360 / FRAMES
     page = viewer_html(path.name, encoded([pixels], "PNG"), objects, look)
     yield "viewer.html", page.encode()
@@ -540,7 +539,7 @@ def arguments():
         "rigid 4 x 4 matrix, by rows, from its camera to the source's camera, both with OpenCV's "
         "axes (x right, y down, z forward), in the world units of the training data")
     add("--weights", type=Path, default=HERE / "weights" / "cars.pt",
-        help="a stage_1.pt or stage_2.pt of train.py; default weights/cars.pt")
+        help="of train.py, beside its teacher.pt; default weights/cars.pt")
     add("--out", type=Path, help="default out/<name of the input>")
     add("--device", default="", help="default: the GPU if there is one")
     add("--samples", type=int, default=4, help="how many of each picture; default 4")
@@ -572,8 +571,7 @@ def main():
     denoiser.to(memory_format=torch.channels_last)                            # faster on a CPU
     kind = "procedural" if meta["data"]["procedural"] else "real"
     print(f"weights: {a.weights} ({meta['dataset']}, {kind}, {denoiser.cfg.size} pixels)")
-    beside = a.weights.parent / "teacher.pt"
-    teacher = load_network(beside, Teacher, a.device)[0] if beside.exists() else None
+    teacher, _ = load_network(a.weights.with_name("teacher.pt"), Teacher, a.device)
     a.steps = a.steps or meta["steps"]
     for path, stem in zip(a.image, stems):
         out = a.out or Path("out", stem)
