@@ -252,7 +252,10 @@ def focal_length(frame, axis, side):
     """In pixels: fl_x, or from the angle camera_angle_x in radians; None if neither is there."""
     angle = frame.get(f"camera_angle_{axis}")
     by_angle = angle and side / 2 / math.tan(min(angle, math.pi) / 2)        # 0 from degrees
-    return frame.get(f"fl_{axis}", by_angle)
+    f = frame.get(f"fl_{axis}", by_angle)
+    if angle and abs(f - by_angle) > 0.01 * f:
+        raise ValueError(f"camera_angle_{axis} and fl_{axis} disagree")
+    return f
 
 
 def read_co3d(path, background):
@@ -268,7 +271,7 @@ def read_co3d(path, background):
     with reading(file, f"an array ({len(R)}, 3, S, S) from 0 to 1"):
         pictures = np.load(file)                                             # (V, 3, S, S)
         shape, low, high = pictures.shape, pictures.min(), pictures.max()
-        if shape != (len(R), 3, *shape[2:3] * 2) or not 0 <= low <= high <= 1:
+        if shape != (len(R), 3, *shape[2:3] * 2) or not -.01 < low <= high < 1.01:
             raise ValueError(f"{shape}, from {low:g} to {high:g}")
     c2w = np.tile(np.eye(4), (len(R), 1, 1))                                 # (V, 4, 4)
     c2w[:, :3] = np.concatenate([R * [-1, -1, 1], -R @ T], 2)                # to OpenCV's axes
@@ -278,7 +281,7 @@ def read_co3d(path, background):
     pinhole(K[:, :4], path)
     for m, k, x in zip(c2w, K, pictures):
         m = rigid(m, f"{folder.parent}/camera_Rs.npz: {folder.name}")
-        yield m, k, (255 * x + .5).astype(np.uint8).transpose(1, 2, 0)
+        yield m, k, (255 * x.clip(0, 1) + .5).astype(np.uint8).transpose(1, 2, 0)
 
 
 def layout(folder, split):
@@ -320,12 +323,20 @@ def read_rgba(path):
     """Any picture (grey, 16-bit, palette, transparent) -> RGBA image, upright as its EXIF says."""
     # by its open file: Pillow maps a named TIFF into memory, and then turns it wrongly
     with reading(path, "a readable image"), open(path, "rb") as file, Image.open(file) as image:
+        raw = image.tile[0][3] if image.format == "PNG" else None
+        scale = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 257}.get(raw)
         image = ImageOps.exif_transpose(image)
+        key = image.info.get("transparency")                                 # in the file's units
         if image.mode[0] in "IF":                              # more than 8 bits: Pillow would clip
             grey = np.asarray(image)                                         # (h, w)
-            if image.mode == "F" or not 0 <= grey.min() <= grey.max() < 65536:
-                raise ValueError("its numbers are not of 8 or 16 bits")
-            image = Image.fromarray((grey / 257 + .5).astype(np.uint8))
+            high = 255 if image.mode == "F" else 65535
+            if not 0 <= grey.min() <= grey.max() <= high or high == 255 and grey.max() <= 1:
+                raise ValueError(f"its numbers go from {grey.min()} to {grey.max()}, not to {high}")
+            both = np.stack([255 / high * grey + .5, 255 * (grey != key)], 2)     # (h, w, 2)
+            image = Image.fromarray(both.astype(np.uint8))
+        elif scale and key is not None:
+            key = tuple(round(k * scale) for k in np.atleast_1d(key))
+            image.info["transparency"] = key if len(key) > 1 else key[0]
         return image.convert("RGBA")
 
 
@@ -398,6 +409,8 @@ def pack(stem, jobs, title, quiet):
                 for pictures, *row in parallel(read_packed, jobs, title, quiet):
                     file.write(pictures)
                     rows.append(row)
+                file.flush()
+                os.fsync(file.fileno())         # before the .npz beside it says that it is whole
             c2w, K, names, checks = zip(*rows)
             np.savez(f"{own}/new.npz", c2w=np.concatenate(c2w), K=np.concatenate(K),
                      start=np.cumsum([0, *map(len, c2w)]), names=names, checks=checks)    # (O+1,)

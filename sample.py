@@ -8,10 +8,6 @@
 writes into out/car/: viewer.html, a page to look around in; sample.png, the input and every sample
 from several sides; film.webp, the samples condensing from noise, then a turn; and for each sample a
 .ply in the standard 3DGS layout. The same seed gives the same files.
-
-A pose file holds 16 numbers, a rigid 4 x 4 matrix by rows: from the further camera's frame to the
-source camera's frame, both with OpenCV's axes (x right, y down, z forward), in the world units of
-the training data. Pictures with a pose, and their source, must be square and are not framed.
 """
 import argparse
 import base64
@@ -20,7 +16,6 @@ import json
 import math
 import os
 import sys
-import warnings
 import zlib
 from pathlib import Path
 
@@ -28,43 +23,42 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")   # threads that wait must not 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
 from tqdm import tqdm
 
 import data
-from model import STEPS, Denoiser, S, T, load_network, pick_device, write_atomically
+from model import Denoiser, S, load_network, pick_device, write_atomically
 from rasterize import (ALPHA_MIN, LOW_PASS, NEAR, Camera, Gaussians, fail, invert_pose, render,
                        transform)
 from teacher import Teacher
 from toys import cars
 
 HERE = Path(__file__).parent
-STRANGE = 11    # dB below held-out cars at which a picture is warned of; chairs lie there
+FRAMES = 36     # of one turn, a multiple of 4
+SIDE = 192      # pixels of a rendering
 
 
-# ---- noise -> splats -----------------------------------------------------------------------------
+# ---- a picture -> splats -> files ----------------------------------------------------------------
 
 def guidance(network, x, cam, background):
-    """-> guide(s) for `denoise`: the error (B,) of splats s (B, 24, H, W) of the denoiser, or raw
-    ones of the teacher, in all views but the first, the source; None if there are no others. x
-    (1, V, 3, H, W) in [0, 1]."""
+    """-> guide(s) for `denoise`: the error (B,) of a network's splats s (B, 24, H, W) in all views
+    of x (1, V, 3, H, W) but the first, the source. None if there are no others."""
     def guide(s):
         g = network.gaussians(s, cam.K[:, 0].expand(len(s), -1))
-        x_hat = renderings(g, cam, background, slice(1, None))                # (B, V-1, 3, H, W)
+        x_hat = renderings(g, cam.views(slice(1, None)), background)          # (B, V-1, 3, H, W)
         return (x_hat - x[:, 1:]).square().mean((1, 2, 3, 4))                 # (B,)
     return guide if x.shape[1] > 1 else None
 
 
-def renderings(g, cam, background, views=slice(None)):
-    """B samples g of one object, from some of its cameras (1, V) -> (B, V', 3, H, W)."""
-    w2c = cam.w2c[:, views].expand(len(g.xyz), -1, -1, -1)                    # (B, V', 4, 4)
-    K = cam.K[:, views].expand(len(g.xyz), -1, -1)                            # (B, V', 4 or 5)
+def renderings(g, cam, background):
+    """B samples g of one object, from its cameras (1, V) -> (B, V, 3, H, W)."""
+    w2c = cam.w2c.expand(len(g.xyz), -1, -1, -1)                              # (B, V, 4, 4)
+    K = cam.K.expand(len(g.xyz), -1, -1)                                      # (B, V, 4 or 5)
     return render(g, Camera(w2c, K, cam.hw), background)[0]
 
 
 def trajectory(denoiser, x_src, guide, a):
-    """Sampling that remembers: x_src (1, 3, H, W) -> [s_t of every DDIM step, then the result],
-    each (B, 24, H, W)."""
+    """x_src (1, 3, H, W) -> s_t of every DDIM step, then the result: (B, 24, H, W) each."""
     trail = []
     hook = denoiser.register_forward_pre_hook(lambda _, inputs: trail.append(inputs[0].detach()))
     noise = torch.Generator().manual_seed(a.seed)      # on the CPU: the same for every device
@@ -75,57 +69,47 @@ def trajectory(denoiser, x_src, guide, a):
     return [*trail, s_hat]
 
 
-# ---- one picture, from reading to the last file --------------------------------------------------
-
-def results(path, networks, a):
+def results(path, denoiser, teacher, meta, a):
     """Yields (name, bytes) of every file that is made of one input."""
-    denoiser, teacher, meta = networks
     size = denoiser.cfg.size
     x, cam, background = read_views(path, size, meta, a)                      # (1, V, 3, H, W)
-    K = cam.K[:, 0]                                                           # (1, 4 or 5)
+    K = cam.K[:, 0].expand(a.samples, -1)                                     # (B, 4 or 5)
     guide = guidance(denoiser, x, cam, background)
     trail = trajectory(denoiser, x[:, 0], guide, a)                           # (B, 24, H, W) each
-    g = denoiser.gaussians(trail[-1], K.expand(a.samples, -1))
-    found = psnr(renderings(one(g, 0), cam, background, [0]), x[:, :1]).item()     # dB
-    if found < meta.get("source", 0) - STRANGE:
-        warn(path, f"its own view comes back at {found:.0f} dB; {meta['source']:.0f} is usual for "
-             f"held-out {meta['dataset']}, which these weights were trained for")
     middle = (denoiser.cfg.near + denoiser.cfg.far) / 2 + K[0, 4:].sum().item()
     look = dict(distance=middle, elevation=a.elevation, focal=K[0, 0].item() / size,
-                background=meta["background"])
+                background=meta["background"], near=NEAR)
     if a.elevation is None:
-        look["elevation"] = estimate_elevation(g, middle)
+        look["elevation"] = estimate_elevation(denoiser.gaussians(trail[-1], K), middle)
         print(f"{path}: taken to look down by {look['elevation']} degrees, an estimate; if the "
               "splats are tilted, give --elevation")
 
     def place(network, s):
         """Splats of any step -> Gaussians in the upright frame."""
-        return upright(network.gaussians(s, K.expand(len(s), -1)), look, size)
+        return upright(network.gaussians(s, K[:len(s)]), look, size)
     states = [place(denoiser, s) for s in trail]
     g = states[-1]
-    angles = [2 * math.pi * i / a.frames for i in range(a.frames)]            # of one turn
-    turn = [photograph(g, angle, look, a.size) for angle in angles]           # (B, P, P, 3) each
+    turn = [photograph(g, i, look) for i in range(FRAMES)]                    # (B, P, P, 3) each
     spread = [x.std(0, ddof=min(1, a.samples - 1)).mean() / 255 for x in turn]
     most = int(np.argmax(spread))
-    sides = dict.fromkeys([0, most, *(k * a.frames // 4 for k in (1, 2, 3))])
+    sides = dict.fromkeys([0, most, *range(0, FRAMES, FRAMES // 4)])          # without repeats
     pixels = to_pixels(x[0, 0])                                               # (size, size, 3)
-    picture = Image.fromarray(pixels).resize((a.size, a.size), Image.Resampling.BICUBIC)
+    picture = Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     rows = [np.hstack([picture, *(turn[side][k] for side in sides)]) for k in range(a.samples)]
     yield "sample.png", encoded([np.vstack(rows)], "PNG")
 
     objects = {f"sample {k}": [one(state, k) for state in states] for k in range(a.samples)}
-    if teacher:
-        objects["teacher"] = [place(teacher, teacher(x[:, :1]))]
-    look["differ"] = most * 360 / a.frames
-    page = viewer_html(Path(os.path.abspath(path)).name, encoded([pixels], "PNG"), objects, look)
+    objects["teacher"] = [place(teacher, teacher(x[:, :1]))]
+    look["differ"] = most * 360 / FRAMES
+    page = viewer_html(path.name, encoded([pixels], "PNG"), objects, look)
     yield "viewer.html", page.encode()
 
     film = []                                                                 # (B, P, P, 3) each
-    for i, angle in enumerate(tqdm(angles, "film", leave=False, disable=None)):
-        step = a.steps * (1 - (1 - i / a.frames) ** 2)                        # slower and slower
+    for i in range(FRAMES):
+        step = a.steps * (1 - (1 - i / FRAMES) ** 2)                          # slower and slower
         k = int(step)
         s = trail[k].lerp(trail[k + 1], step - k)                             # (B, 24, H, W)
-        film.append(photograph(place(denoiser, s), angle, look, a.size))
+        film.append(photograph(place(denoiser, s), i, look))
     film = [np.hstack(x) for x in film + turn]                                # (P, B P, 3) each
     yield "film.webp", encoded(film, "WEBP", save_all=True, duration=83, loop=0)     # 12 a second
     for k in range(a.samples):
@@ -140,26 +124,26 @@ def results(path, networks, a):
 # A network's splats live in its source camera's frame. All that leaves this file is in the upright
 # frame instead: the object's middle at the origin, level OpenCV axes (y down, z forward), which is
 # what viewers of .ply files expect. `look` is a dict of distance, elevation (degrees by which the
-# source camera looks down), focal / side of the picture, and background.
+# source camera looks down), focal / side of the picture, background; and, for the page, near and
+# differ: the side in degrees from which its thumbnails are seen.
 
 def estimate_elevation(g, distance):
     """Degrees from 0 to 60 for B samples g of one object in the source camera's frame (ours). What
-    stands on level ground has level parts, such as roof and sill: seen from the right angle, the
-    heights of its splats fill the fewest of some levels, that is, their entropy is least."""
+    stands on level ground has level parts, such as roof and sill: at the right angle its splats
+    are at few heights, so the entropy of their heights is least."""
     _, y, z = (g.xyz[g.opacity > 0.3] * 96 / distance).T.cpu().numpy()        # (n,) levels
-    entropies = []
-    for angle in np.radians(np.arange(61)):
-        height = y * np.cos(angle) + (z - 96) * np.sin(angle)                 # (n,)
-        count, _ = np.histogram(height, np.arange(-60, 61))                   # (120,)
-        p = count[count > 0] / count.sum()
-        entropies.append(-(p * np.log(p)).sum())
-    return int(np.argmin(entropies))
+    angles = np.radians(np.arange(61))[:, None]
+    heights = y * np.cos(angles) + (z - 96) * np.sin(angles)                  # (61, n)
+    counts = np.stack([np.histogram(h, np.arange(-60, 61))[0] for h in heights])      # (61, 120)
+    order = (counts * np.log(counts.clip(1))).sum(1)                          # (61,) - n x entropy
+    return int(order.argmax())
 
 
 def orbit(angle, look):
     """w2c (1, 1, 4, 4) of a camera around the origin; the source camera stands at angle 0."""
-    c = math.cos(math.radians(look["elevation"]))
-    s = math.sin(math.radians(look["elevation"]))
+    down = math.radians(look["elevation"])
+    c = math.cos(down)
+    s = math.sin(down)
     x = math.cos(angle)
     y = math.sin(angle)
     R_t = [[x, 0, y, 0], [s * y, c, -s * x, 0], [-c * y, s, c * x, look["distance"]]]
@@ -167,20 +151,20 @@ def orbit(angle, look):
 
 
 def upright(g, look, size):
-    """From the source camera's frame to the upright one. Splats learn where the renderer widens
-    each by LOW_PASS px^2; seen from nearer, or in more pixels, gaps open between them. They get
-    that width for good, in world units."""
+    """From the source camera's frame to the upright one. In training the renderer widens each
+    splat by LOW_PASS px^2; from nearer, or in more pixels, gaps would open between them. So they
+    get that width here, in world units."""
     pixel = look["distance"] / (look["focal"] * size)                         # at the object
     g = g._replace(scale=(g.scale ** 2 + LOW_PASS * pixel ** 2).sqrt())       # (B, N, 3)
     pose = invert_pose(orbit(0, look))[0].to(g.xyz.device)                    # (1, 4, 4)
     return transform(g, pose.expand(len(g.xyz), -1, -1))
 
 
-def photograph(g, angle, look, side):
-    """B objects from an angle in radians -> (B, side, side, 3) uint8."""
-    f = look["focal"] * side
-    K = g.xyz.new_tensor([[[f, f, side / 2, side / 2]]])                      # (1, 1, 4) pixels
-    cam = Camera(orbit(angle, look).to(K), K, (side, side))
+def photograph(g, i, look):
+    """B objects in frame i of a turn -> (B, P, P, 3) uint8, P = SIDE."""
+    f = look["focal"] * SIDE
+    K = g.xyz.new_tensor([[[f, f, SIDE / 2, SIDE / 2]]])                      # (1, 1, 4) pixels
+    cam = Camera(orbit(2 * math.pi * i / FRAMES, look).to(K), K, (SIDE, SIDE))
     x = renderings(g, cam, K.new_tensor(look["background"]))                  # (B, 1, 3, P, P)
     return to_pixels(x[:, 0])
 
@@ -227,7 +211,7 @@ def told_views(views, o, n):
     may all be from one side, as SRN's test cameras wind around the object."""
     index = test_views(views, o)                                              # (V,)
     order = torch.randperm(len(index) - 1, generator=torch.Generator().manual_seed(o))
-    return index[[0, *(1 + order[:n]).tolist()]]
+    return torch.cat([index[:1], index[1:][order[:n]]])
 
 
 def scene(views, index, cfg):
@@ -239,8 +223,8 @@ def scene(views, index, cfg):
 
 def predictor(network, views, cfg, given=None, n=1):
     """-> predict(o): the Gaussians of test object o from its source view. The further views in
-    given(views, o), which begins with the source, tell the teacher or guide the student. Of the
-    student n samples, from noise that belongs to the object's number."""
+    given(views, o), which begins with the source, tell the teacher or guide the student. The
+    student draws n samples, from noise that depends on cfg.seed, o and the sample's number."""
     def predict(o):
         index = given(views, o) if given else test_views(views, o)[:1]        # (V,)
         x, cam, background = scene(views, index, cfg)                         # (1, V, 3, H, W)
@@ -265,8 +249,8 @@ def hidden(depth, alpha, cam):
     f, c = cam.K[0, :, :4, None].split(2, 1)                                  # (V, 2, 1)
     z = (depth / alpha.clamp(min=1e-3)).flatten(2)                            # (V, 1, HW)
     xyz = torch.cat([(torch.stack([n % W, n // W]) + 0.5 - c) / f * z, z], 1)     # (V, 3, HW)
-    c2w = invert_pose(cam.w2c[0])                                             # (V, 4, 4)
-    xyz = c2w[:, :3, :3] @ xyz + c2w[:, :3, 3:]                               # in the first camera
+    R, t = invert_pose(cam.w2c[0])[:, :3].split([3, 1], 2)                    # to the first camera
+    xyz = R @ xyz + t                                                         # (V, 3, HW)
     x, y = (xyz[:, :2] / xyz[:, 2:] * f[0] + c[0]).long().clamp(0, W - 1).unbind(1)   # (V, HW)
     behind = xyz[:, 2] > z[0, 0, y * W + x] + 0.05                            # (V, HW)
     return (behind & (alpha.flatten(1) > 0.5)).view(V, H, W)
@@ -304,69 +288,57 @@ def evaluate(predict, views, cfg, n_views, objects, title="", lpips=None):
         if views.meta["procedural"]:
             v, *pair = cars.door_pair(views, o, data.resize)                  # (3, H, W) each
             x, cam, _ = scene(views, torch.tensor([index[0], v]), cfg)        # (1, 2, 3, H, W)
-            x_hat = renderings(g, cam, background, [1])                       # (n, 1, 3, H, W)
+            x_hat = renderings(g, cam.views([1]), background)                 # (n, 1, 3, H, W)
             r |= cars.door_scores(x_hat[:, 0], x[0, 1], *(p.to(x) for p in pair))
         scores.append(dict(object=views.names[o], **{k: float(v) for k, v in r.items()}))
     return scores
 
 
 def average_scores(scores):
-    names = {k for r in scores for k in r} - {"object"}
-    return {k: round(float(np.mean([r[k] for r in scores if k in r])), 6) for k in sorted(names)}
-
-
-COLUMNS = "both decided amber true one mean best std ssim lpips source parameters minutes".split()
-DECIMALS = dict(std=4, ssim=3, lpips=3, minutes=1, parameters=0)     # of others 2
+    names = dict.fromkeys(k for r in scores for k in r if k != "object")
+    return {k: round(float(np.mean([r[k] for r in scores if k in r])), 6) for k in names}
 
 
 def score_table(cfg, train_views, views, about):
-    """Every row that the weights in cfg.out can make -> the table as text. Also writes results.json
-    and, for each row, the scores of each object."""
+    """Evaluates all weights in cfg.out -> a table as text. Writes the table into results.json, and
+    the scores of each object into scores/."""
     out = Path(cfg.out)
     lpips = None
     if cfg.lpips:
         from lpips import LPIPS
         lpips = LPIPS(net="vgg", verbose=False).to(cfg.device)
-    objects = range(len(views))
-    few = train_views.images[:: max(1, len(train_views.images) // 4096)]      # (M, 3, H, W)
-    mean = (few.float().mean(0) / 255).to(cfg.device)                         # (3, H, W)
-    targets = [test_views(views, o, cfg.eval_views)[1:] for o in objects]     # (V,) each
-    floor = [psnr(mean, scene(views, index, cfg)[0]).mean().item() for index in targets]
-    rows = {"mean image": dict(one=round(float(np.mean(floor)), 6))}
     told = lambda views, o: told_views(views, o, cfg.told)
+    rows = {}
     for name, given in {"teacher": None, f"teacher, told {cfg.told} views": told,
                         "stage 1": None, "stage 1, guided by 1": opposite_views,
                         "stage 2": None, "stage 2, guided by 1": opposite_views}.items():
-        file_name = name.replace(",", "").replace(" ", "_")
-        weights = out / f"{file_name[:7]}.pt"               # teacher.pt, stage_1.pt or stage_2.pt
+        stem = name.replace(",", "").replace(" ", "_")
+        weights = out / f"{stem[:7]}.pt"                    # teacher.pt, stage_1.pt or stage_2.pt
         if name != "teacher" and not weights.exists():
             continue
         network, meta = load_network(weights, Denoiser if "stage" in name else Teacher, cfg.device)
         if given is told and not network.encoder:
             continue
         predict = predictor(network, views, cfg, given, cfg.samples)
-        scores = evaluate(predict, views, cfg, cfg.eval_views, objects, name, lpips)
+        scores = evaluate(predict, views, cfg, cfg.eval_views, range(len(views)), name, lpips)
+        rows[name] = dict(minutes=meta["minutes"], **average_scores(scores))
         text = "".join(json.dumps(r) + "\n" for r in scores)
-        write_atomically(out / "scores" / f"{cfg.split}_{file_name}.jsonl",
+        write_atomically(out / "scores" / f"{cfg.split}_{stem}.jsonl",
                          lambda file: file.write(text.encode()))
-        rows[name] = dict(average_scores(scores), minutes=meta["minutes"],
-                          parameters=sum(p.numel() for p in network.parameters()))
     kind = "procedural" if views.meta["procedural"] else "real"
-    sources = {str(int(test_views(views, o)[0] - views.start[o])) for o in objects}
     record = json.dumps(dict(table=rows, kind=kind, **about), indent=1)
     write_atomically(out / "results.json", lambda file: file.write(record.encode()))
     return (f"{views.meta['dataset']} ({kind}), {cfg.size}x{cfg.size}, {len(views)} {cfg.split} "
-            f"objects, view {' or '.join(sources)} in, {cfg.eval_views or 'all'} others out, "
-            f"{cfg.samples} samples, seed {cfg.seed}; PSNR of one, their mean, the best; std where "
-            f"the source hides; minutes of all stages up to this\n{format_rows(rows)}")
+            f"objects, view {views.meta['source']} in, {cfg.eval_views or 'all'} others out, "
+            f"{cfg.samples} samples, seed {cfg.seed}\n{format_rows(rows)}")
 
 
 def format_rows(rows):
     """{name: scores} -> lines of text."""
-    shown = [k for k in COLUMNS if any(k in r for r in rows.values())]
-    lines = [" " * 26 + "".join(f"{k:>11}" for k in shown)]
+    names = dict.fromkeys(k for r in rows.values() for k in r)
+    lines = [" " * 26 + "".join(f"{k:>9}" for k in names)]
     for name, r in rows.items():
-        cells = [f"{r[k]:11,.{DECIMALS.get(k, 2)}f}" if k in r else " " * 11 for k in shown]
+        cells = [f"{r[k]:9.4g}" if k in r else " " * 9 for k in names]
         lines.append(f"{name:26}" + "".join(cells))
     return "\n".join(lines)
 
@@ -380,21 +352,20 @@ def evaluate_few(network, views, cfg):
 
 @torch.no_grad()
 def preview(teacher, student, views, cfg):
-    """Draws preview.png, a row for each of 6 objects: source | truth from the side that it hides |
-    the teacher's rendering of that side | samples'. The student may be None."""
+    """Writes preview.png, a row for each of 6 objects: the source view; from the opposite side the
+    truth, the teacher, the student's samples. The student may be None."""
     rows = []
     for o in range(min(6, len(views))):
         x, cam, background = scene(views, opposite_views(views, o), cfg)      # (1, 2, 3, H, W)
         row = [*x[0]]
         for network in filter(None, [teacher, student]):
             g = predictor(network, views, cfg, n=min(cfg.samples, 8))(o)      # (n, N, ..)
-            row += renderings(g, cam, background, [1])[:, 0]                  # (n, 3, H, W)
+            row += renderings(g, cam.views([1]), background)[:, 0]            # (n, 3, H, W)
         rows.append(torch.cat(row, -1))                                       # (3, H, columns W)
     zoom = max(1, 128 // cfg.size)                                            # legible
     sheet = to_pixels(torch.cat(rows, 1)).repeat(zoom, 0).repeat(zoom, 1)     # (6 H, columns W, 3)
-    picture = Image.fromarray(np.pad(sheet, ((16, 0), (0, 0), (0, 0))))
-    ImageDraw.Draw(picture).text((4, 2), "source | truth | teacher | samples", "white")
-    write_atomically(Path(cfg.out) / "preview.png", lambda file: picture.save(file, "PNG"))
+    picture = encoded([sheet], "PNG")
+    write_atomically(Path(cfg.out) / "preview.png", lambda file: file.write(picture))
 
 
 # ==== The idea ends here. Below: file formats, pictures from the wild, flags. =====================
@@ -439,39 +410,34 @@ def quantise(states):
     0..65535, from low to high (23,). The n splats that are drawn in some state are kept."""
     x = torch.stack([torch.cat([g.xyz[0], g.opacity[0, :, None], g.quat[0],
                                 g.scale[0].clamp(min=1e-9).log(), g.sh[0].flatten(1)], 1)
-                     for g in states]).cpu()                                  # (states, N, 23)
-    drawn = (x[..., 3] >= ALPHA_MIN).any(0) & x.isfinite().all(2).all(0)      # (N,)
-    x = x[:, drawn].numpy()                                                   # (states, n, 23)
-    low = high = np.zeros(23, np.float32)
-    if x.size:
-        low, high = x.min((0, 1)), x.max((0, 1))
-        # A place or colour far out must not cost the others their precision: it is clamped.
-        wild = [0, 1, 2, *range(11, 23)]
-        usual = np.quantile(x[..., wild], [0.01, 0.99], (0, 1))               # (2, 15)
-        margin = 4 * (usual[1] - usual[0])
-        low[wild] = low[wild].clip(usual[0] - margin)
-        high[wild] = high[wild].clip(max=usual[1] + margin)
-    unit = ((high - low) / 65535).clip(1e-30)                                 # (23,)
-    q = ((x - low) / unit).round().clip(0, 65535).astype(int).swapaxes(1, 2)  # (states, 23, n)
+                     for g in states]).cpu().numpy()                          # (states, N, 23)
+    drawn = (x[..., 3] >= ALPHA_MIN).any(0)                                   # (N,)
+    drawn[0] = True                                                           # n > 0
+    x = x[:, drawn]                                                           # (states, n, 23)
+    # A number far out must not cost the others their precision: it is clamped.
+    low, high = np.quantile(x, [0.01, 0.99], (0, 1))                          # (23,) each
+    margin = 4 * (high - low)
+    x = x.clip(low - margin, high + margin)
+    low, high = x.min((0, 1)), x.max((0, 1))                                  # (23,) each
+    q = 65535 * (x - low) / (high - low).clip(1e-30) + 0.5                    # (states, n, 23)
+    q = q.astype(np.uint16).swapaxes(1, 2)                                    # (states, 23, n)
     # The last state has 16 bits; the others 8, as differences to the state after them, modulo 256:
     # small numbers, so zlib packs them well.
     high_bytes = np.diff(q[::-1] >> 8, axis=0, prepend=0)                     # (states, 23, n)
     stream = np.concatenate([q[-1:], high_bytes]).astype(np.uint8).tobytes()
     return dict(n=q.shape[2], states=len(q), low=low.tolist(), high=high.tolist(),
-                data=base64.b64encode(zlib.compress(stream, 9)).decode())
+                data=base64.b64encode(zlib.compress(stream)).decode())
 
 
 def viewer_html(title, picture, objects, look):
     """assets/viewer.html with the splats put in: a page that needs no network -> str. picture: the
-    bytes of a .png. objects: {name: [Gaussians of every state, B = 1, upright]}. look: as for
-    cameras, and `differ`, the side in degrees that the thumbnails show."""
+    bytes of a .png. objects: {name: [Gaussians of every state, B = 1, upright]}."""
     packed = [dict(name=name, **quantise(states)) for name, states in objects.items()]
-    page = dict(title=title, picture=base64.b64encode(picture).decode(), objects=packed,
-                look=dict(look, near=NEAR))
-    # Inside <script> only "<" could end the text early; JSON has another spelling for it.
-    text = json.dumps(page).replace("<", "\\u003c")
+    content = json.dumps(dict(title=title, picture=base64.b64encode(picture).decode(),
+                              objects=packed, look=look))
     page = (HERE / "assets" / "viewer.html").read_text(encoding="utf-8")
-    return page.replace("{{scene}}", text)
+    # Inside <script> only "<" could end the text early; JSON has another spelling for it.
+    return page.replace("{{scene}}", content.replace("<", "\\u003c"))
 
 
 # ---- pictures from the wild ----------------------------------------------------------------------
@@ -482,10 +448,6 @@ SHARE = 0.67
 MIDDLE = np.array([0.50, 0.54])            # x y
 
 
-def warn(path, text):
-    print(f"warning: {path}: {text}", file=sys.stderr)
-
-
 def frame(path, image, background):
     """RGBA image -> a square one, around the subject if that does not lie as in training. Beyond
     the picture it is transparent; so is the ground, unless it is the training background already.
@@ -494,10 +456,10 @@ def frame(path, image, background):
     noise = 0
     if (cover > 0.5).mean() > 0.95:   # no cut-out: at most a margin or corners are transparent
         image = image.crop(Image.fromarray(cover > 0.5).getbbox())
+        rgb = data.on_background(image, background).astype(float)             # (h, w, 3)
         opaque = np.asarray(image)[..., 3] > 127                              # (h, w)
         edge = opaque.copy()
         edge[1:-1, 1:-1] = False
-        rgb = data.on_background(image, background).astype(float)             # (h, w, 3)
         far = abs(rgb - np.median(rgb[edge], 0)).max(2)                       # (h, w) grey levels
         noise = np.quantile(far[edge], 0.9)
         cover = (far / (8 + 2 * noise) - 1).clip(0, 1) * opaque               # (h, w)
@@ -507,16 +469,14 @@ def frame(path, image, background):
     corner = (np.array(image.size) - side) // 2                               # x y, at most 0
     y, x = np.nonzero(cover > 0.5)
     if noise > 24:
-        warn(path, "its background has more than one colour; for good splats cut the object out, "
-             "on a transparent or plain ground")
+        print(f"warning: {path}: its background has more than one colour; for good splats cut the "
+              "object out, on a transparent or plain ground", file=sys.stderr)
     elif not len(x):
         fail(f"{path}: there is nothing but background; give a picture of an object")
     else:
         low, high = np.quantile([x, y], [0.001, 0.999], 1)                    # x y, without specks
         middle = (low + high + 1) / 2
         extent = max(high - low) + 1                                          # pixels
-        if min(*low, *image.size - high - 1) < 1:
-            warn(path, "the object is cut off by the picture's edge; in training it never is")
         off = abs((middle - corner) / side - MIDDLE).max()
         if not 0.35 <= extent / side <= 0.80 or off > 0.1:
             side = round(extent / SHARE)
@@ -543,13 +503,11 @@ def read_views(path, size, meta, a):
     """The source view, then those that guide -> images (1, V, 3, H, W), cameras relative to the
     first, background."""
     if path.is_dir():
-        split = next((split for split in data.SPLITS[::-1] if data.layout(path, split)), None)
-        if not split:
-            fail(f"{path}: a folder, but not the object of a dataset")
+        split = next((split for split in data.SPLITS if data.layout(path, split)), "test")
         pixels, c2w, K = data.read_object(path, split, size, meta)            # (V, size, size, 3)
         if K.shape[1] < len(meta["K"]):
             c2w, K = data.centred(c2w, K, path, size)
-        if K.shape[1] > len(meta["K"]) or not np.isfinite(c2w.sum() + K.sum()):
+        if K.shape[1] > len(meta["K"]):
             fail(f"{path}: its cameras are not such as these weights were trained with")
         index = a.views or [64 if len(c2w) > 64 else 0]
         if not set(index) <= set(range(len(c2w))):
@@ -559,7 +517,7 @@ def read_views(path, size, meta, a):
     else:
         pixels = np.stack([prepare(file, size, meta["background"], bool(a.view))
                            for file in [path, *a.view]])
-        poses = [data.rigid(data.numbers(file, "a pose"), file, "a pose") for file in a.pose]
+        poses = [data.rigid(data.numbers(file), file) for file in a.pose]
         c2w = np.stack([np.eye(4), *poses])                                   # (V, 4, 4)
         K = np.tile(meta["K"], (len(c2w), 1))                                 # (V, 4 or 5)
         index = range(len(c2w))
@@ -569,96 +527,70 @@ def read_views(path, size, meta, a):
     return scene(views, torch.tensor(index), a)
 
 
-NUMBERS = {   # flags: default, least, most, what
-    "samples": (4, 1, 1000, "how many of each picture"),
-    "seed": (0, 0, 2 ** 63 - 1, "another seed, other samples"),
-    "steps": (0, 0, T - 1, "DDIM steps; 0: as many as in training"),
-    "frames": (36, 1, 1000, "of one turn"),
-    "size": (192, 1, 2048, "pixels of a rendering"),
-    "elevation": (None, -90.0, 90.0, "degrees by which the picture looks down; None: estimated"),
-}
-
-
-def integers(text):
-    return [int(x) for x in text.split(",")]
-
-
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
     add = parser.add_argument
-    add("image", nargs="+", type=Path, help="pictures, or a dataset's objects: folders in one of "
-        "the layouts that data.py reads")
-    add("--views", metavar="N,N", type=integers, help="of an object: its source view, then those "
-        "that guide the samples, if any; default: 64, or 0 if it has fewer views")
+    add("image", nargs="+", type=Path, help="pictures, or objects of a dataset: their folders")
+    add("--views", metavar="N,N", type=lambda text: [int(n) for n in text.split(",")],
+        help="of an object: the source view, then any that guide; default 64, or 0 if it has fewer")
     add("--view", action="append", type=Path, default=[],
-        help="a further picture of the object that guides the samples; may be repeated")
-    add("--pose", action="append", type=Path, default=[], help="one for each --view; see above")
+        help="a further picture of the object that guides the samples; square, may be repeated")
+    add("--pose", action="append", type=Path, default=[], help="of each --view: a file with the "
+        "rigid 4 x 4 matrix, by rows, from its camera to the source's camera, both with OpenCV's "
+        "axes (x right, y down, z forward), in the world units of the training data")
     add("--weights", type=Path, default=HERE / "weights" / "cars.pt",
-        help="a stage_1.pt or stage_2.pt of train.py; default weights/cars.pt")
+        help="of train.py, beside its teacher.pt; default weights/cars.pt")
     add("--out", type=Path, help="default out/<name of the input>")
     add("--device", default="", help="default: the GPU if there is one")
-    for name, (default, least, _, text) in NUMBERS.items():
-        add(f"--{name}", metavar="X", type=type(least), default=default,
-            help=f"{text}; default {default}")
-    parser.error = fail
+    add("--samples", type=int, default=4, help="how many of each picture; default 4")
+    add("--seed", type=int, default=0, help="another seed, other samples; default 0")
+    add("--steps", type=int, help="DDIM steps; default: as many as in training")
+    add("--elevation", type=float, help="degrees the camera looks down by; default: estimated")
     return parser
-
-
-def load_networks(a):
-    """-> denoiser, the teacher beside it or None, and what the file says."""
-    denoiser, meta = load_network(a.weights, Denoiser, a.device)
-    denoiser.to(memory_format=torch.channels_last)                 # faster on a CPU
-    kind = "procedural" if meta["data"]["procedural"] else "real"
-    print(f"weights: {a.weights} ({meta['dataset']}, {kind}, {denoiser.cfg.size} pixels)")
-    beside = a.weights.parent / "teacher.pt"
-    teacher = load_network(beside, Teacher, a.device)[0] if beside.exists() else None
-    a.steps = a.steps or meta.get("steps", STEPS)
-    results = a.weights.parent / "results.json"                    # of train.py: the usual dB
-    if results.exists() and "source" not in meta:
-        rows = json.loads(results.read_text())["table"]
-        meta["source"] = rows.get(a.weights.stem.replace("_", " "), {}).get("source", 0)
-    return denoiser, teacher, meta
 
 
 @torch.no_grad()
 def main():
     a = arguments().parse_args()
-    for name, (_, least, most, _) in NUMBERS.items():
-        value = getattr(a, name)
-        if value is not None and not least <= value <= most:
-            fail(f"--{name} {value}: give {least} to {most}")
-    if a.samples * a.size > 16383:
-        fail("--samples x --size: more than the 16383 pixels that a .webp can be wide")
-    if len(a.view) != len(a.pose):
-        fail("give a --pose for each --view")
-    if len(a.image) > 1 and (a.out or a.view) or a.view and a.image[0].is_dir():
-        fail("--out goes with a single input, --view with a single picture")
     stems = [Path(os.path.abspath(path)).stem for path in a.image]
-    if len(set(stems)) < len(stems):
-        fail("two pictures of one name would share a folder; take one after the other")
+    for wrong, message in [
+            (not 1 <= a.samples <= 85, "--samples: give 1 to 85"),            # a .webp is full then
+            (a.steps and a.steps < 1, "--steps: give 1 or more"),
+            (not 0 <= a.seed < 2 ** 63, "--seed: give 0 or more, below 2 to the 63rd"),
+            (a.elevation and not abs(a.elevation) <= 90, "--elevation: give -90 to 90"),
+            (len(a.view) != len(a.pose), "give a --pose for each --view"),
+            (len(a.image) > 1 and (a.out or a.view) or a.view and a.image[0].is_dir(),
+             "--out goes with a single input, --view with a single picture"),
+            (len(set(stems)) < len(stems),
+             "two pictures of one name would share a folder; take one after the other")]:
+        if wrong:
+            fail(message)
     a.device = pick_device(a.device)
-    warnings.simplefilter("ignore")                       # Pillow's, about odd files
-    networks = load_networks(a)
+    denoiser, meta = load_network(a.weights, Denoiser, a.device)
+    denoiser.to(memory_format=torch.channels_last)                            # faster on a CPU
+    kind = "procedural" if meta["data"]["procedural"] else "real"
+    print(f"weights: {a.weights} ({meta['dataset']}, {kind}, {denoiser.cfg.size} pixels)")
+    teacher, _ = load_network(a.weights.with_name("teacher.pt"), Teacher, a.device)
+    a.steps = a.steps or meta["steps"]
     errors = []
     for path, stem in zip(a.image, stems):
         out = a.out or Path("out", stem)
         inputs = [path, *a.view, *a.pose]
         try:
-            if not str(path).isprintable():
-                fail(f"{str(path)!r}: cannot be printed; rename it")
             for file in inputs:
-                if not (file.is_file() or path.is_dir()):     # opening a pipe would wait for ever
+                if not (os.path.isfile(file) or os.path.isdir(file)):         # a pipe would hang
                     fail(f"{file}: no such file, or a pipe or device")
-            for name, content in results(path, networks, a):
+            for name, content in results(path, denoiser, teacher, meta, a):
                 if os.path.realpath(out / name) in map(os.path.realpath, inputs):
                     fail(f"{out / name}: is an input, not written over; choose another --out")
                 write_atomically(out / name, lambda file: file.write(content))
             print(f"{path} -> {out}/", flush=True)
-        except SystemExit as stop:                        # bad input: the others are still made
-            errors.append(str(stop))
-        except (OSError, ValueError) as e:
-            errors.append(f"error: {path}: {e}")
+        except SystemExit as bad:                         # the other inputs are still made
+            errors.append(str(bad))
+        except (OSError, ValueError) as bad:
+            errors.append(f"error: {path}: {bad}")
     if errors:
         raise SystemExit("\n".join(errors))
 

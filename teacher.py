@@ -117,6 +117,7 @@ def given_teacher(path, size, code, near, far):
         given = load_splatter_image(path, near, far)
     if given.cfg.size != size or (code and given.cfg.code not in (0, code)):
         fail(f"{path}: a {given.cfg}, but these flags need size={size}, code={code}")
+    given.cfg = replace(given.cfg, near=near, far=far)       # of the data that it is used on
     return can_be_told(given, code) if code and not given.encoder else given
 
 

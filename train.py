@@ -117,7 +117,7 @@ PAPER = dict(code=0, t_known=T - 1, size=128, width=96, mult=(1, 2, 2, 2), block
              checkpoint=True, iters=(100_000, 20_000))
 # The least value of a flag, or of each of its numbers, where it is not 0
 LEAST = dict.fromkeys("n_train n_test size mult blocks told batch steps samples log_every "
-                      "preview_every save_every".split(), 1) | dict(width=8, views=2)
+                      "preview_every save_every".split(), 1) | dict(width=8, views=2, clip=1e-9)
 
 RANK = int(os.environ.get("RANK", 0))              # of this process, by torchrun
 WORLD = int(os.environ.get("WORLD_SIZE", 1))       # processes
