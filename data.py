@@ -83,7 +83,7 @@ class Views:
 
 
 def draw(views, batch, n_views, generator):
-    """Random objects (B,) and V distinct random views of each (B, V), the first the source view."""
+    """Random objects (B,), V random views of each (B, V), source first; repeats if it has fewer."""
     first = views.start[:-1]                                                 # (O,)
     count = views.start.diff()                                               # (O,)
     objects = torch.randint(len(views), (batch,), generator=generator)       # (B,)
@@ -101,12 +101,12 @@ def gather(views, index):
     move = torch.cat([c2w[:, :1, :3, :3].expand_as(c2w[..., :3, :3]),        # [R_src | t_src - t]
                       c2w[:, :1, :3, 3:] - c2w[..., :3, 3:]], -1)            # (B, V, 3, 4)
     w2c = torch.eye(4, device=c2w.device).repeat(*index.shape, 1, 1)         # (B, V, 4, 4)
-    # R^T [R_src | t_src - t], summed by hand: a TF32 matmul would round poses to three digits
+    # inv(c2w) @ c2w_src = R^T [R_src | t_src - t]; summed by hand, as TF32 would round it
     w2c[:, 1:, :3] = (c2w[..., :3, :3].mT[..., None] * move[..., None, :, :]).sum(-2)[:, 1:]
     return x, Camera(w2c, views.K[index], (views.meta["size"],) * 2)
 
 
-# ---- from a dataset's name to Views --------------------------------------------------------------
+# ==== The lesson ends here. Below: from a dataset's name to Views. ================================
 
 def prepare(dataset, root="data", size=128, n_train=200, n_test=24, seed=0, quiet=False,
             splits=SPLITS):
@@ -157,9 +157,9 @@ def read_object(folder, split, size, about):
 
 
 def centred(c2w, K, folder, size):
-    """In your own pictures the object's place and size are unknown: its middle is taken to be where
-    the optical axes meet, and EXTENT what a picture shows there. c2w (V, 4, 4), K (V, 4) in pixels
-    -> c2w (V, 4, 4), K (V, 5): the depth of the middle is last."""
+    """In your own pictures the object's place and size are unknown. Its middle is taken to be the
+    point nearest to all optical axes; the world is scaled so that pictures show EXTENT there. c2w
+    (V, 4, 4), K (V, 4) in pixels -> c2w (V, 4, 4), K (V, 5): the depth of the middle is last."""
     axis = c2w[:, :3, 2]                                                     # (V, 3)
     eye = c2w[:, :3, 3]                                                      # (V, 3)
     across = np.eye(3) - axis[:, :, None] * axis[:, None]                    # (V, 3, 3)
@@ -353,7 +353,7 @@ def resize(pixels, size):
     return np.array(Image.fromarray(pixels).resize((size, size), how))
 
 
-# ================ The idea ends here. Below: find the objects, pack them, the command. ============
+# ---- find the objects, pack them, the command ----------------------------------------------------
 
 def find(root, dataset):
     """-> {split: its folder}. Real cars come before procedural ones. A folder of your own that is

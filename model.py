@@ -22,11 +22,11 @@ from torch import nn
 from rasterize import Gaussians, fail, reading
 
 # ---- the splat image -----------------------------------------------------------------------------
-# Layout and activations of Splatter Image, so that its weights load. Its initial gains and biases,
-# but opacity and offset start as in its CO3D and Objaverse models, and scales (our choice) at one
-# pixel with a gain of 0.5, not at two with 0.003. Both train faster here.
+# Layout and activations are Splatter Image's, so that its weights load. So are initial gains and
+# biases, with two changes that train faster here: opacity and offset start as in its CO3D models,
+# and scales (our choice) at one pixel with a gain of 0.5, not at two with 0.003.
 SPLAT = {   # channels, then gain and bias of the last 1x1 convolution, then what they become
-    "depth":   (1, 1.0, 0.0),              # near + (far - near) sigmoid: z-depth along the ray
+    "depth":   (1, 1.0, 0.0),              # near + (far - near) sigmoid: z in the camera
     "offset":  (3, 0.1, 0.0),              # added in the camera's frame, world units
     "opacity": (1, 1.0, -2.0),             # sigmoid
     "scale":   (3, 0.5, math.log(0.01)),   # exp: world units; starts at about 1 pixel
@@ -40,9 +40,9 @@ S = sum(WIDTHS)                      # 24 channels
 
 def splats_to_gaussians(raw, K, near, far):
     """Raw splat image (B, 24, H, W) -> Gaussians in the frame of the camera whose pixels it covers.
-    Gaussian n = row * W + column has centre ray(pixel) * depth + offset. K (B, 4) fx, fy, cx, cy in
-    pixels; near, far in world units. A fifth column of K, the depth of the object's middle, is
-    added to both."""
+    Gaussian n = row * W + column has centre ray(pixel) * depth + offset. K (B, 4 or 5): fx, fy, cx,
+    cy in pixels, then perhaps the depth of the object's middle, from which near and far then
+    count. Lengths in world units."""
     B, _, H, W = raw.shape
     depth, offset, opacity, scale, quat, dc, sh1 = raw.flatten(2).mT.split(WIDTHS, -1)  # (B, N, c)
     fx, fy, cx, cy = K[:, :4, None].unbind(1)                                 # (B, 1)
@@ -264,8 +264,8 @@ def ddim_step(s_t, s_hat, t, t_next):
 def denoise(denoiser, s_t, t, x_src, steps=STEPS, guide=None):
     """Yields the predictions s_hat of `steps` evenly spaced DDIM steps from t (B,) towards 0; the
     last one is the result. Stage 2 and sample.py both use it, so training and sampling cannot drift
-    apart. guide: guide(s_hat) -> (B,) loss that sampling should lower, e.g. the error of the
-    renderings in further views (paper, v1)."""
+    apart. guide(s_hat) -> (B,) is a loss to lower, e.g. the error in further views (paper, v1):
+    every step but the last moves s_t down its slope."""
     for k in range(steps):
         now = t * (steps - k) // steps                                        # (B,) int
         then = t * (steps - k - 1) // steps                                   # (B,) int
@@ -347,8 +347,7 @@ class Denoiser(nn.Module):
                 mine[:, :w.shape[1]] = w
 
 
-# --------------------------------------------------------------------------------------------------
-# The idea ends here. Below: devices, and weights on disk.
+# ==== The lesson ends here. Below: devices, and weights on disk. ==================================
 
 def pick_device(name=""):
     """That device, or the GPU if there is one; refuses what cannot be used."""

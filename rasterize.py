@@ -101,8 +101,8 @@ def quat_to_matrix(q):
 
 
 def matrix_to_quat(R):
-    """(..., 3, 3) rotation -> (..., 4) unit quaternion with w >= 0. The products q_i q_j are linear
-    in R, and every row of them is a multiple of q; the one with the largest diagonal is safe."""
+    """(..., 3, 3) rotation -> (..., 4) unit quaternion with w >= 0. 4 q q^T is linear in R and each
+    of its rows is a multiple of q. Take the row with the largest diagonal: it is not near 0."""
     xx, xy, xz, yx, yy, yz, zx, zy, zz = R.flatten(-2).unbind(-1)             # (...) each
     qq = torch.stack([1 + xx + yy + zz, zy - yz, xz - zx, yx - xy,
                       zy - yz, 1 + xx - yy - zz, xy + yx, xz + zx,
@@ -148,7 +148,7 @@ def project(g, cam):
     u, v = x / z, y / z                                                       # (B, V, N)
     xy = torch.stack([fx * u + cx, fy * v + cy], -1)                          # (B, V, N, 2) pixels
 
-    # J = d(pixel)/d(camera point). Off screen its slope is held: the linearisation explodes there.
+    # J = d(pixel)/d(camera point). It explodes off screen: clamp u, v to 15% outside the image.
     u = torch.minimum(torch.maximum(u, (-0.15 * w - cx) / fx), (1.15 * w - cx) / fx)
     v = torch.minimum(torch.maximum(v, (-0.15 * h - cy) / fy), (1.15 * h - cy) / fy)
     o = torch.zeros_like(z)
@@ -204,7 +204,7 @@ def render_reference(g, cam, background):
               & (g.quat.square().sum(-1) >= 1e-8))                            # (B, V, N)
     # A culled Gaussian is replaced by a harmless one *before* the differentiable pass: so its NaN
     # cannot reach a gradient (0 x NaN = NaN), and its own gradients are exactly 0.
-    ahead = invert_pose(cam.w2c)[..., None, :3, 2:].sum(-1)                   # (B, V, 1, 3) 1 unit
+    ahead = invert_pose(cam.w2c)[..., None, :3, 2:].sum(-1)       # (B, V, 1, 3) centre + z axis
     g = Gaussians(*[torch.where(ok.view(ok.shape + (1,) * (x.dim() - 3)), x, harmless)
                     for x, harmless in zip(g, (ahead, 1, 1, 0, 1))])          # (B, V, N, ..)
     s = project(g, cam)
@@ -223,7 +223,7 @@ def render_reference(g, cam, background):
     return out.split([3, 1, 1], 2)
 
 
-# ---- the kernels ---------------------------------------------------------------------------------
+# ==== The lesson ends here. Below: the kernels, `render`, CUDA graphs. ============================
 
 CSRC = Path(__file__).resolve().parent / "csrc"
 # Not -ffast-math, with which NaN could not be told from numbers.

@@ -41,8 +41,8 @@ SIDE = 192      # pixels of a rendering
 # ---- a picture -> splats -> files ----------------------------------------------------------------
 
 def guidance(network, x, cam, background):
-    """-> guide(s) for `denoise`: the error (B,) of a network's splats s (B, 24, H, W) in all views
-    of x (1, V, 3, H, W) but the first, the source. None if there are no others."""
+    """-> guide(s) for `denoise`: it renders a network's splats s (B, 24, H, W) in each view of x
+    (1, V, 3, H, W) but the first, the source, and returns their error (B,). None if V = 1."""
     def guide(s):
         g = network.gaussians(s, cam.K[:, 0].expand(len(s), -1))
         x_hat = renderings(g, cam.views(slice(1, None)), background)          # (B, V-1, 3, H, W)
@@ -368,7 +368,7 @@ def preview(teacher, student, views, cfg):
     write_atomically(Path(cfg.out) / "preview.png", lambda file: file.write(picture))
 
 
-# ==== The idea ends here. Below: file formats, pictures from the wild, flags. =====================
+# ==== The lesson ends here. Below: file formats, pictures from the wild, flags. ===================
 
 PLY = [*"x y z nx ny nz f_dc_0 f_dc_1 f_dc_2".split(), *(f"f_rest_{i}" for i in range(45)),
        *"opacity scale_0 scale_1 scale_2 rot_0 rot_1 rot_2 rot_3".split()]    # 62 properties

@@ -5,9 +5,9 @@ pixel, trained by rendering alone (stage 0 of train.py), or with its released we
 input views, dropout, and the LPIPS fine-tuning.
 
 The paper's teacher is deterministic. Its splats say no more than the picture does, so a denoiser
-that is trained on them always samples the same average. *Ours* also accepts further views: it is
-told in a short code what it gets wrong there (learning with privileged information). The student
-learns from the splats with a code, so its samples differ as the objects do.
+that learns from them always samples the same average. *Ours* also takes further views: a short code
+tells it what it gets wrong there (privileged information). So two objects that look alike in the
+picture get different splats, and the student learns to sample both.
 """
 import re
 from dataclasses import replace
@@ -22,8 +22,8 @@ from rasterize import fail, reading, render
 
 
 class Encoder(nn.Module):
-    """The teacher's errors in further views -> a short code (ours). Their hue enters the code by
-    one linear layer, so that the code is informative from the first step."""
+    """The teacher's errors in further views -> a short code (ours). One linear layer carries the
+    errors' hue into the code, so it says something from step 0."""
 
     def __init__(self, code):
         super().__init__()
@@ -40,8 +40,8 @@ class Encoder(nn.Module):
         error = error / size.clamp(min=1e-6)                                  # mean square 1
         found = self.convs(error.flatten(0, 1)).mean((2, 3))                  # (BV, 128)
         found = found.unflatten(0, error.shape[:2]).mean(1)                   # (B, 128)
-        # A wrong edge or shade is an error of brightness, a wrong paint is one of hue. The mean of
-        # its direction, weighted by its size cubed: 0 if errors cancel, length 1 if all agree.
+        # A wrong edge errs in brightness, a wrong paint in hue: the error minus its grey. Take the
+        # mean of hue / length with weights length^3: length 1 if all agree, 0 if they cancel.
         hue = error - error.mean(2, keepdim=True)                             # (B, V, 3, H, W)
         length = hue.square().sum(2, keepdim=True).sqrt()                     # (B, V, 1, H, W)
         total = length.pow(3).sum((1, 3, 4)).clamp(min=1e-6)                  # (B, 1)
@@ -108,6 +108,8 @@ def splat_statistics(batches):
     return torch.stack([mean, std]).float()
 
 
+# ==== The lesson ends here. Below: given teachers, Splatter Image's weights. ======================
+
 def given_teacher(path, size, code, near, far):
     """A teacher.pt of train.py, or a checkpoint of Splatter Image -> Teacher, of this size and any
     other shape. If `code` is not 0, it can be told a code of so many numbers."""
@@ -120,8 +122,6 @@ def given_teacher(path, size, code, near, far):
     given.cfg = replace(given.cfg, near=near, far=far)       # of the data that it is used on
     return can_be_told(given, code) if code and not given.encoder else given
 
-
-# ---- Splatter Image's released weights -----------------------------------------------------------
 
 PREFIX = r"network_with_offset\.|encoder\.|dec\.\d+x\d+_(?=aux)"   # their names have these, too
 UNUSED = ("ray_dirs", "sh_to_v_transform", "v_to_sh_transform",   # constants that we compute

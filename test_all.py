@@ -1887,7 +1887,7 @@ def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     cfg = ModelConfig(16, 8, (1, 2), 1, 8)
     meta = dict(dataset="cars", data=dict(procedural=True), K=[16.40625, 16.40625, 8., 8.],
-                background=[1., 1., 1.], steps=3)                             # K: of procedural cars
+                background=[1., 1., 1.], steps=3)                            # K: of procedural cars
     save_network(folder / "stage_2.pt", Denoiser(cfg), meta)
     save_network(folder / "teacher.pt", Teacher(cfg), meta)
     return folder / "stage_2.pt"

@@ -8,8 +8,8 @@
     stage 1   bootstrapping: predict the told teacher's splats from noised ones, and render well
     stage 2   multi-step: unroll the denoiser, render well, and leave the teacher behind
 
-After an interruption the same command continues, bit for bit. The paper's own recipe, a teacher
-that is told nothing, is --code=0. What the paper does not say is marked *ours*.
+After an interruption the same command continues, bit for bit. --code=0 has the paper's teacher,
+which is told nothing; --paper has all its numbers. What the paper does not say is marked *ours*.
 """
 import argparse
 import ast
@@ -82,9 +82,9 @@ class Config:
     w_3dgs_2: float = 0.0        # the same in stage 2; the paper drops it there
     w_code: float = 0.05         # ours, stage 1: reading the teacher's code off the noised splats
     w_cyc: float = 0.1           # both stages; at 1 it outweighs the images, at 0 it is left out
-    weighting: str = "min_snr"   # stage 2: lambda_t, or constant, or noise
+    weighting: str = "min_snr"   # lambda_t: min_snr, constant, noise
     t_star: int = T_STAR         # stage 2 starts above this noise level (paper)
-    t_known: int = T - 1         # and at most here; ours, if lower: s_t must still tell the code
+    t_known: int = T - 1         # and not above this one (ours), where s_t still shows the code
     steps: int = 5               # DDIM steps unrolled in stage 2 and when sampling; paper: 10
     # what follows may change when a run continues
     root: str = "data"           # folder of the datasets
@@ -114,7 +114,7 @@ GPU = dict(n_train=2000, n_test=100, size=128, width=32, mult=(1, 2, 4, 4, 4), a
 PAPER = dict(code=0, t_known=T - 1, size=128, width=96, mult=(1, 2, 2, 2), blocks=3, attn=16,
              warm_start=False, batch=(8, 100, 10), lr=(5e-5, 1e-4, 5e-5), clip=1e9, ema=0.9999,
              warmup=500, w_3dgs=1.0, w_cyc=1.0, weighting="noise", steps=STEPS, eval_views=0,
-             checkpoint=True, iters=(100_000, 20_000))
+             checkpoint=True, decay_lr=False, iters=(100_000, 20_000))
 # The least value of a flag, or of each of its numbers, where it is not 0
 LEAST = dict.fromkeys("n_train n_test size mult blocks told batch steps samples log_every "
                       "preview_every save_every".split(), 1) | dict(width=8, views=2, clip=1e-9)
@@ -134,10 +134,10 @@ def image_loss(x_hat, x):
 
 
 def cycle_loss(predict, x, x_hat, cam, background):
-    """L_cyc: predict splats from the *rendered* target and look at them from the source. Gradients
-    pass through the frozen `predict` to the rendered view."""
+    """L_cyc: predict splats from the *rendered* target, view 1, and render them from the source.
+    Gradients pass through the frozen `predict` to the rendered view."""
     g_cyc = predict(x_hat[:, 1].clamp(0, 1), cam.K[:, 1])             # in the target camera's frame
-    to_source = invert_pose(cam.w2c[:, 1:2])                                  # (B, 1, 4, 4)
+    to_source = invert_pose(cam.w2c[:, 1:2])   # (B, 1, 4, 4): cam's world is the source's frame
     x_src_hat, _, _ = render(g_cyc, Camera(to_source, cam.K[:, :1], cam.hw), background)
     return image_loss(x_src_hat, x).mean()
 
@@ -196,8 +196,8 @@ def stage_1(denoiser, teacher, x, cam, background, t, eps, cfg):
 
 def stage_2(denoiser, teacher, x, cam, background, t, eps, cfg):
     """Multi-step: L = lambda_t || x - R(D o ... o D(s_t)) ||^2 + L_cyc through the frozen student.
-    Gradients flow through every step. A mean square pulls a sample to the average where s_t hides
-    the answer; ours: cfg.t_known keeps to noise levels where it does not."""
+    Gradients flow through every step. If s_t hides the answer, the average of all answers has the
+    least loss. Ours: t is at most cfg.t_known, where s_t still shows it."""
     s_teacher, s_t, _ = noised_teacher(denoiser, teacher, x, cam, background, t, eps, cfg)
     step = denoiser
     if cfg.checkpoint:
@@ -295,7 +295,7 @@ def make_networks(cfg, stage, views, background):
     if cfg.paper:
         network.unet.start(cfg.size, **views.meta["start"])
     if stage == 1:
-        # of the teacher's splats (B, 24, H, W) in 32 batches, as stage 1 will noise them
+        # statistics of the splats that stage 1 will noise, over 32 batches
         draws = (draw_batch(views, cfg, 0, cfg.iters[0] + i, slice(None)) for i in range(32))
         network.stats.copy_(splat_statistics(
             teacher(x if cfg.code else x[:, :1], Camera(w2c, K, (cfg.size, cfg.size)), background)

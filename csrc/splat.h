@@ -1,8 +1,7 @@
 // The mathematics of one Gaussian in one view and of one pixel, shared by rasterize.cpp (CPU) and
-// rasterize.cu (CUDA). Templates on the scalar T: float renders and trains, double is the same code
-// under gradcheck. Every function f is followed by its derivative f_vjp: inputs of f, gradient of
-// its outputs, gradient of its inputs. d_x stands for dL/dx. No threads and no libraries; memory
-// only in the last section, which says how the tensors look to both.
+// rasterize.cu (CUDA). T is float to render and train, double to check gradients. Below f is, where
+// needed, its derivative f_vjp: it takes f's inputs and the gradient of its outputs, and gives the
+// gradient of its inputs. d_x is dL/dx. No threads, no libraries. The last section is memory.
 //
 // The definition of all this is render_reference in rasterize.py; the conventions are listed there.
 #pragma once
@@ -48,7 +47,7 @@ template <class T> struct Splat {      // a Gaussian in an image
   T rx, ry;                            // half size of the box outside which alpha < 1/255, pixels
 };
 
-// What the backward blend sums over the pixels of a splat: w = trans a, v = a dL/da,
+// A splat's gradient needs only these sums over pixels: w = trans a, v = a dL/da,
 // (dx, dy) = centre - pixel.
 template <class T> struct Moments {
   T r, g, b, z;                        // sum w dL/dcolour, sum w dL/ddepth
@@ -259,8 +258,8 @@ template <class T> HD bool project(const Gaussian<T>& g, const View<T>& c, T z_n
   const T sum = s.x + s.y + s.z + xx + yy + det + s.o + rgb[0] + rgb[1] + rgb[2];
   if (!(s.z > z_near && g.opacity >= T(ALPHA_MIN) && sum - sum == 0
         && q[0] * q[0] + q[1] * q[1] + q[2] * q[2] + q[3] * q[3] >= T(1e-8))) return false;
-  // alpha >= 1/255  <=>  d^T Q d <= 2 ln(255 o): an ellipse. The 1e-3 covers rounding, so that a
-  // pixel outside the box is one that alpha_of skips, and the image does not depend on boxes.
+  // alpha >= 1/255  <=>  d^T Q d <= 2 ln(255 o): an ellipse. The 2e-3 covers rounding: alpha_of
+  // skips every pixel outside the box, so the image does not depend on boxes.
   const T size = T(2 / LOG2_E) * (s.o - T(LOG2_MIN)) + T(2e-3);
   s.rx = std::sqrt(size * xx), s.ry = std::sqrt(size * yy);
   return true;
@@ -285,7 +284,7 @@ HD void project_vjp(const Gaussian<T>& g, const View<T>& c, const Moments<T>& m,
       d_P[i] += d_M[j] * g.scale[j] * R, d_P[3 + i] += d_M[3 + j] * g.scale[j] * R;
     }
   rotation_vjp(g.quat, d_R, d_g.quat);
-  // P = J W, with J ~ 1/z; where the slope is held, it passes nothing on
+  // P, u, v ~ 1/z, so each adds -1/z of itself; a held slope adds 0
   const T iz = 1 / p.z;
   T d_u = c.fx * d_x, d_v = c.fy * d_y;
   if (p.hu == p.u) d_u -= c.fx * iz * dot(d_P, c.R + 6);
@@ -320,9 +319,9 @@ template <class T, class V> HD V blend(V& a, V& trans) {
   return stop ? T(0) : w;
 }
 
-// The same walk front to back. f = <c - background, d_rgb> + z d_depth + d_alpha is the gradient
-// of w; behind = sum of w f over the splats still to come, at first over all. Since their light
-// passes this splat, dL/da = trans f - behind / (1 - a). Returns w and v = a dL/da (0 if clamped).
+// Front to back again. f = <c - background, d_rgb> + z d_depth + d_alpha is dL/dw. behind is the
+// sum of w f over the splats not yet passed, at first all. A larger a dims those splats, hence
+// dL/da = trans f - behind / (1 - a). Returns w and v = a dL/da (0 if clamped).
 template <class T, class V> HD V blend_vjp(V a, V f, V& trans, V& behind, V& w) {
   w = blend<T>(a, trans);
   behind -= w * f;
@@ -363,8 +362,8 @@ template <class T> struct Scene {
   }
 };
 
-// I images or their gradients, as five planes each: red, green, blue, alpha, depth. Of gradients
-// that nobody asked for there are none, and they count as zeros.
+// I images or their gradients, as five planes each: red, green, blue, alpha, depth. A gradient that
+// nobody asked for is a null pointer and reads as 0.
 template <class T> struct Images {
   T *rgb, *alpha, *depth;                 // (I,3,H,W) (I,1,H,W) (I,1,H,W)
   int64_t HW;
@@ -379,7 +378,7 @@ template <class T> struct Images {
 #if defined(__CUDACC__) || defined(WITH_CUDA)   // rasterize.cu; its comments say what is what
 struct Dims {
   int B, V, N, H, W;
-  int bits = 0;                           // that number 0..N-1: for rasterize.cu itself
+  int bits = 0;                           // enough to write N-1; only for rasterize.cu
 };
 int64_t mask_words(Dims n);
 int64_t scratch_bytes(Dims n);
