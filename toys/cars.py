@@ -365,21 +365,22 @@ def write_car(job):
     part.rename(final)
 
 
-def add_car(job):
-    """`write_car` in a folder of its own, then move the car: another run may make it, too."""
-    folder, *which = job
+def add(job):
+    """`write` an object in a folder of its own, then move it: another run may make it, too."""
+    write, folder, *which = job
     with tempfile.TemporaryDirectory(prefix=".", dir=folder) as own:
-        write_car((Path(own), *which))
-        car, = Path(own).iterdir()
-        try:
-            car.rename(folder / car.name)
-        except OSError:
-            if not (folder / car.name).exists():
-                raise
+        write((Path(own), *which))
+        for item in sorted(Path(own).iterdir()):
+            try:
+                item.rename(folder / item.name)
+            except OSError:
+                if not (folder / item.name).exists():
+                    raise
 
 
-def claim(folder, version, seed):
-    """procedural.json holds the seed of the set in `folder`; it is written first, once."""
+def add_missing(folder, wanted, seed, parallel, version, write, place, last):
+    """Write the objects that a set lacks, each below place.format(split); `last` ends the name of
+    what is moved there last. procedural.json holds the set's seed and is written first, once."""
     note = folder / "procedural.json"
     about = {"version": version, "seed": seed}
     folder.mkdir(parents=True, exist_ok=True)
@@ -396,19 +397,19 @@ def claim(folder, version, seed):
         fail(f"{note}: these {folder.name} have seed {found.get('seed')}, version "
              f"{found.get('version')}, not {seed}, {version}; delete {folder} or choose another "
              "--root")
+    jobs = []
+    for split, number in wanted.items():
+        to = folder / place.format(split)
+        to.mkdir(exist_ok=True)
+        jobs += [(write, to, seed, split, i) for i in range(number)
+                 if not (to / f"{split}_{i:05d}{last}").exists()]
+    if jobs:
+        list(parallel(add, jobs, f"making {folder.name} in {folder}"))
 
 
 def generate(folder, wanted, seed, parallel):
     """Add the cars that a set lacks; wanted is {split: number}, parallel is data.parallel."""
-    claim(folder, VERSION, seed)
-    jobs = []
-    for split, number in wanted.items():
-        cars = folder / f"cars_{split}"
-        cars.mkdir(exist_ok=True)
-        jobs += [(cars, seed, split, i) for i in range(number)
-                 if not (cars / f"{split}_{i:05d}").exists()]
-    if jobs:
-        list(parallel(add_car, jobs, f"making cars in {folder}"))
+    add_missing(folder, wanted, seed, parallel, VERSION, write_car, "cars_{}", "")
 
 
 # ---- the hidden door -----------------------------------------------------------------------------
