@@ -98,7 +98,7 @@ def furnish(rng, place, w, deep):
 
 def design(rng):
     """Every choice that makes a clip, for attributes.json; furniture follows from `seed`. Metres, z
-    up, radians; the source's camera is at x = y = 0, walls at x = front, -back, y = left, -right"""
+    up; the source's camera is at x = y = 0, walls are at x = front, -back and y = left, -right."""
     U = lambda a, b: float(rng.uniform(a, b))
     pick = lambda options: list(options)[rng.integers(len(options))]
     c = SimpleNamespace(panels={side: pick(DOORS) for side in SIDES}, seed=int(rng.integers(2**31)),
@@ -109,10 +109,9 @@ def design(rng):
     c.walk, c.toward, c.bend = U(.8, 1.3) * pick((-1, 1)), U(-.8, .8), U(-.15, .15)
     c.first, c.ease, c.lag = pick(SIDES), U(.8, 1.1), U(.05, .2)   # first: it looks there at first
     edge = np.arctan2(8 / 9, c.focal * np.cos(c.pitch) + .5 * np.sin(c.pitch))  # its lower corners
-    for side, s in SIDES.items():                              # x of the panel's front, its back:
-        deep = vars(c)[side] - THICK[c.kinds[side]]            # behind the edge of the picture
-        x = float(deep / np.tan(edge + s * c.heading + U(.03, .09)))
-        c.ends[side] = x, x - U(1.2, 1.7)
+    for side, s in SIDES.items():                              # x of the panel's front, its back
+        x = (vars(c)[side] - THICK[c.kinds[side]]) / np.tan(edge + s * c.heading + U(.03, .09))
+        c.ends[side] = float(x), float(x) - U(1.2, 1.7)
     return c
 
 
@@ -200,13 +199,13 @@ def draw(room, K, c2w, ss=SS):
     ray_v = np.outer(c2w[:3, 1], ((np.arange(h * ss) + .5) / ss - cy) / fy)
     ray = ray_u.astype(np.float32)[:, None] + ray_v.astype(np.float32)[:, :, None]
     x, y, z = ray / nearest + c2w[:3, 3].astype(np.float32)[:, None, None]   # (h ss, w ss) each
-    a, b, c, d = (t.take(face) for t in room.tiles)
-    mixed = room.mixed.take(face)
+    a, b, c, d, mixed = (t.take(face) for t in (*room.tiles, room.mixed))
     i = np.floor(a * x + b * y + .5).astype(np.int32)                        # number of the tile
     j = np.floor(c * x + d * z + .5 + .37 * i * mixed).astype(np.int32)
     level = np.where(mixed, (i * 7919 ^ j * 104729) >> 3 & 3, 3 * (i + j & 1))
     rgba = room.palette.take(4 * face + level).view(np.uint8).reshape(h, ss, w, ss, 4)
-    return ((rgba[..., :3].sum((1, 3), dtype=np.uint16) + ss ** 2 // 2) // ss ** 2).astype(np.uint8)
+    rgb = sum(np.uint16(rgba[:, i, :, j, :3]) for i in range(ss) for j in range(ss))    # (h, w, 3)
+    return ((rgb + ss ** 2 // 2) // ss ** 2).astype(np.uint8)
 
 
 def depth(room, K, c2w):
