@@ -57,16 +57,16 @@ def hue(rng, saturation=(.15, .6), value=(.35, .9)):
 
 
 def paints(rng, panel=(0, 0, 0)):
-    """-> {name: paint} for one piece of furniture."""
+    """-> {name: paint} for one piece of furniture. No two hues: they might mix to amber or blue."""
     a, b, c, cloth = hue(rng), hue(rng), hue(rng, (.3, .7)), hue(rng, (.05, .5), (.5, .95))
     wood = np.array(hsv_to_rgb(rng.uniform(.035, .07), *rng.uniform((.3, .22), (.62, .75))))
     front, panel = (wood, cloth)[rng.integers(2)], np.array(panel)
     return dict(a=[a], b=[b], c=[c], white=[(.94, .94, .93)], black=[(.1, .1, .1)], panel=[panel],
                 green=[(.36, .52, .3)], sky=[(1.3, 1.4, 1.45)], glow=[(1.4, 1.35, 1.2)],
-                wood=[wood, .8 * wood, MIXED, 9, .07], books=[b, c, MIXED, .04, 0],
+                wood=[wood, .8 * wood, MIXED, 9, .07], books=[b, .4 * b, MIXED, .04, 0],
                 folds=[cloth, .85 * cloth, TURNS, .06, 0],
                 pleats=[panel, .85 * panel, TURNS, .09, 0], tiers=[front, .9 * front, TURNS, 0, .3],
-                quilt=[a, c, rng.random() < .5, *rng.uniform(.05, .4, 2)],
+                quilt=[c, .5 + .5 * c, rng.random() < .5, *rng.uniform(.05, .4, 2)],
                 blinds=[(1.4,) * 3, (1,) * 3, TURNS, 0, .06])
 
 
