@@ -43,7 +43,7 @@ from model import (RHO, T, T_STAR, S, Denoiser, ModelConfig, add_noise, alpha_ba
 from rasterize import (ALPHA_MAX, C0, C1, LOW_PASS, NEAR, Camera, Gaussians, invert_pose,
                        matrix_to_quat, quat_to_matrix, render, transform)
 from teacher import Teacher, can_be_told, given_teacher, load_splatter_image, splat_statistics
-from toys import controls
+from toys import controls, rooms
 
 HERE = Path(__file__).resolve().parent
 SHARED = HERE.parent / "shared" / "data"
@@ -741,7 +741,7 @@ def test_the_hidden_door_is_drawn_independently_and_painted_both_ways(cars):
              for i in range(400)]
     assert all(70 < doors.count((l, r)) < 130 for l in toys.cars.DOORS for r in toys.cars.DOORS)
     views = data.load(cars, "cars", "test", 64, quiet=True)
-    v, *pair = toys.cars.door_pair(views, 0, data.resize)
+    v, *pair = toys.cars.hidden_pair(views, 0, data.resize)
     about = json.loads((cars / "cars/cars_test/test_00000/attributes.json").read_text())
     colour = about["doors"]["right"]
     true, other = pair if colour == "amber" else pair[::-1]                   # (3, 64, 64) each
@@ -1050,6 +1050,184 @@ def test_a_script_that_forgets_the_main_guard_ends_with_what_to_do(tmp_path):
     run = subprocess.run([sys.executable, "careless.py"], cwd=tmp_path, capture_output=True,
                          text=True, timeout=120)
     assert run.returncode == 1 and "if __name__ ==" in run.stderr.splitlines()[-1], run.stderr
+
+
+# ---- toys/rooms.py -------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """The folder of a set of three procedural rooms."""
+    folder = tmp_path_factory.mktemp("data") / "rooms"
+    rooms.generate(folder, dict(train=1, test=2), 0, lambda f, jobs, title: map(f, jobs))
+    return folder
+
+
+def read_clip(txt):
+    """As the layout is defined, on its own: pictures (61, 128, 192, 3) in [0, 1], K (61, 4) in
+    pixels, world-to-camera (61, 4, 4)."""
+    rows = [line.split() for line in txt.read_text().splitlines()[1:]]
+    pictures = [np.asarray(Image.open(txt.with_suffix("") / f"{row[0]}.jpg")) for row in rows]
+    numbers = np.array(rows, np.float64)                                      # (61, 19)
+    w2c = np.tile(np.eye(4), (len(rows), 1, 1))
+    w2c[:, :3] = numbers[:, 7:].reshape(-1, 3, 4)
+    return np.stack(pictures) / 255, numbers[:, 1:5] * [192, 128, 192, 128], w2c
+
+
+def room_of(txt):
+    about = json.loads((txt.with_suffix("") / "attributes.json").read_text())
+    return SimpleNamespace(**about)
+
+
+def project(xyz, K, w2c):
+    """(n, 3) points -> (n, 2) pixels, (n,) depths."""
+    x, y, z = w2c[:3, :3] @ xyz.T + w2c[:3, 3:]
+    return np.stack([K[0] * x / z + K[2], K[1] * y / z + K[3]], 1), z
+
+
+def hue_share(picture, rgb):
+    """Share of pixels of this strong colour, whatever light falls on it."""
+    hsv = lambda x: np.asarray(Image.fromarray(x).convert("HSV"), float)
+    h, s, v = hsv((255 * picture).astype(np.uint8)).transpose(2, 0, 1)        # (128, 192) each
+    want = hsv(np.uint8([[np.multiply(rgb, 255)]]))[0, 0]
+    return ((abs(h - want[0]) < 8) & (s > 140) & (v > 60)).mean()
+
+
+def test_clips_have_the_layout_of_realestate10k_and_one_unit(clips):
+    """Against its definition: cameras at a root mean square distance of 1 from their mean, rigid,
+    with pixels as of a 16 : 9 frame squeezed to 3 : 2."""
+    found = sorted(str(x.relative_to(clips)) for x in clips.glob("*/*.txt"))
+    assert found == ["test/test_00000.txt", "test/test_00001.txt", "train/train_00000.txt"]
+    for txt in clips.glob("*/*.txt"):
+        pictures, K, w2c = read_clip(txt)
+        assert pictures.shape == (61, 128, 192, 3) and pictures.std() > .1
+        eye = np.linalg.inv(w2c)[:, :3, 3]
+        assert np.sqrt(eye.var(0).sum()) == pytest.approx(1, abs=1e-7)
+        assert np.allclose(w2c[:, :3, :3] @ w2c[:, :3, :3].transpose(0, 2, 1), np.eye(3), atol=1e-7)
+        assert np.linalg.det(w2c[0, :3, :3]) > 0 and .83 < K[0, 1] / 128 < .91
+        assert np.allclose(K[:, 0] / 192, K[:, 1] / 128 * 9 / 16) and (K[:, 2:] == [96, 64]).all()
+        step = np.linalg.norm(np.diff(eye, axis=0), axis=1)
+        turn = np.degrees(np.arccos((w2c[1:, 2, :3] * w2c[:-1, 2, :3]).sum(1).clip(-1, 1)))
+        assert step.max() < .15 and turn.max() < 4 and turn.sum() > 70        # smooth, far around
+
+
+def test_a_known_point_of_a_room_lands_on_its_pixel(clips):
+    """Against the text file's numbers: a red box hung in a room."""
+    c, txt = room_of(clips / "test/test_00000.txt"), clips / "test/test_00000.txt"
+    _, numbers, w2c = read_clip(txt)
+    K, c2w, unit = rooms.cameras(c)
+    parts = [*rooms.shell(c, np.random.default_rng(0))]
+    xyz = np.array([2., .3, 1.2])                                             # metres
+    red = toys.cars.box(*np.stack([xyz - .03, xyz + .03], 1), [(9., 0, 0)])
+    room = rooms.painted([*parts, red], 1 / unit, 0)
+    seen = 0
+    for t in range(0, 61, 6):
+        picture = rooms.draw(room, K, c2w[t]).astype(float)                   # (128, 192, 3)
+        (uv,), (z,) = project(xyz[None] / unit, numbers[t], w2c[t])
+        v, u = np.nonzero((picture[..., 0] > 150) & (picture[..., 1:] < 60).all(2))
+        if z > 0 and (6 < uv).all() and (uv < [186, 122]).all():
+            assert abs(u.mean() + .5 - uv[0]) < .4 and abs(v.mean() + .5 - uv[1]) < .4
+            seen += 1
+        assert bool(len(u)) <= (z > 0)
+    assert seen > 4
+
+
+@pytest.mark.parametrize("a, b", [(30, 35), (30, 40), (18, 10)])
+def test_frames_of_a_room_agree_by_warping_with_its_true_depth(clips, a, b):
+    """Against the other frame's picture, where its true depth says that it sees the same point. The
+    pose of two frames later, or a focal length 10 % longer, is seen."""
+    for txt in clips.glob("*/*.txt"):
+        pictures, K, w2c = read_clip(txt)
+        room, (_, c2w, _) = rooms.assemble(room_of(txt)), rooms.cameras(room_of(txt))
+        depth = [rooms.depth(room, K[t], c2w[t]) for t in (a, b)]             # (128, 192) each
+        v, u = np.mgrid[:128, :192].reshape(2, -1) + .5                       # (n,)
+        x = np.stack([(u - K[a, 2]) / K[a, 0], (v - K[a, 3]) / K[a, 1], 1 + 0 * u])
+        x = np.r_[x * depth[0].ravel(), [1 + 0 * u]]                          # (4, n) camera a
+        xyz = (np.linalg.inv(w2c[a]) @ x)[:3].T                               # (n, 3) world
+
+        def lands(K, w2c):
+            uv, z = project(xyz, K, w2c)
+            return (*np.floor(uv.T).astype(int).clip(0, [[191], [127]]), uv, z)
+
+        j, i, uv, z = lands(K[b], w2c[b])                                # (n,) (n,) (n, 2) (n,)
+        shown = (abs(uv - [96, 64]) < [95, 63]).all(1) & (abs(z / depth[1][i, j] - 1) < .01)
+        off = abs(pictures[b][i, j] - pictures[a].reshape(-1, 3)).mean(1)[shown]
+        assert shown.mean() > .4 and np.median(off) < .01 and off.mean() < .02
+        for wrong in (K[b], w2c[b + 2]), (K[b] * [1.1, 1, 1, 1], w2c[b]):
+            j, i, _, _ = lands(*wrong)
+            bad = abs(pictures[b][i, j] - pictures[a].reshape(-1, 3)).mean(1)[shown]
+            assert bad.mean() > 2.5 * off.mean()
+
+
+def test_the_source_shows_no_panel_and_the_pan_shows_both(clips):
+    """Against the colours in the pictures on disk; and, of more designs, against the same room
+    painted the other way, ray by ray."""
+    for txt in clips.glob("*/*.txt"):
+        pictures, _, w2c = read_clip(txt)
+        panels = room_of(txt).panels
+        assert all(hue_share(pictures[30], rgb) < .0005 for rgb in toys.cars.DOORS.values())
+        to_right = w2c[30, 0, :3] @ w2c[:, 2, :3].T > 0                       # (61,) turned there
+        for side, there in ("left", ~to_right), ("right", to_right):
+            rgb = toys.cars.DOORS[panels[side]]
+            assert max(hue_share(x, rgb) for x in pictures[there][::3]) > .08, side
+    for i in range(40):
+        c = rooms.design(np.random.default_rng([1, 0, i]))
+        (K, c2w, _), one = rooms.cameras(c), rooms.assemble(c)
+        for side in c.panels:
+            flip = {**c.panels, side: "blue" if c.panels[side] == "amber" else "amber"}
+            other = rooms.assemble(SimpleNamespace(**{**vars(c), "panels": flip}))
+            assert len(one.n) < 1024                           # numbers of faces have 10 bits
+            assert (rooms.draw(one, K, c2w[30]) == rooms.draw(other, K, c2w[30])).all()
+            there = c2w[:16:5] if side == c.first else c2w[60:44:-5]      # 15 to 30 frames off
+            assert max((rooms.draw(one, K, m, 1) != rooms.draw(other, K, m, 1)).any(2).mean()
+                       for m in there) > .08
+
+
+def test_the_panels_are_drawn_independently(clips):
+    """Against a count over 200 designs: all four pairs, none rare; no other choice tells them."""
+    designs = [rooms.design(np.random.default_rng([0, 0, i])) for i in range(200)]
+    pairs = [tuple(c.panels.values()) for c in designs]
+    assert all(30 < pairs.count((l, r)) < 70 for l in toys.cars.DOORS for r in toys.cars.DOORS)
+    amber = np.array([c.panels["right"] == "amber" for c in designs])
+    for name in ("left", "right", "front", "height", "heading", "focal", "walk", "seed"):
+        assert abs(np.corrcoef(amber, [vars(c)[name] for c in designs])[0, 1]) < .25, name
+
+
+def test_the_hidden_panel_is_painted_both_ways(clips):
+    """Against the frame on disk, which is one of the two up to JPEG; the other differs much."""
+    texts = sorted(clips.glob("test/*.txt"))
+    start = torch.tensor([0, 61, 122])
+    views = SimpleNamespace(start=start, names=[x.stem for x in texts], meta=dict(
+        root=str(clips), split="test", hw=(64, 96), source=30))
+    resize = lambda x, hw: np.array(Image.fromarray(x).resize(hw[::-1], Image.BOX))
+    for o, txt in enumerate(texts):
+        v, *pair = rooms.hidden_pair(views, o, resize)
+        again = rooms.hidden_pair(views, o, resize)
+        assert v == again[0] and torch.equal(pair[0], again[1])
+        x = (255 * read_clip(txt)[0][v - 61 * o]).round().astype(np.uint8)
+        x = torch.tensor(resize(x, (64, 96)) / 255).movedim(-1, 0)
+        true, other = pair if room_of(txt).panels["right"] == "amber" else pair[::-1]
+        assert true.shape == (3, 64, 96) and (x - true).abs().mean() < 1 / 255
+        assert (x - true).abs().max() < .1
+        panel = (true - other).abs().sum(0) > .5                              # (64, 96)
+        assert panel.float().mean() > .08 and (x - other).abs().sum(0)[panel].mean() > .5
+        r = toys.cars.door_scores(x[None].float(), *[y.float() for y in (true, *pair)])
+        assert r["true"] == 1
+
+
+def test_one_seed_gives_the_same_clips_whole_or_not_at_all(clips, tmp_path):
+    """Against a repeat that finds one clip missing, and one whose text had not been moved yet."""
+    again = tmp_path / "rooms"
+    shutil.copytree(clips, again)
+    (again / "train/train_00000.txt").unlink()
+    (again / "test/test_00001.txt").unlink()
+    shutil.rmtree(again / "test/test_00001")
+    serial = lambda f, jobs, title: map(f, jobs)
+    rooms.generate(again, dict(train=1, test=2), 0, serial)
+    files = lambda folder: {x.relative_to(folder): x.read_bytes()
+                            for x in folder.rglob("*") if x.is_file()}
+    assert files(again) == files(clips) and len(files(again)) == 1 + 3 * 63
+    with pytest.raises(SystemExit, match="these rooms have seed 0"):
+        rooms.generate(again, dict(train=1), 1, serial)
 
 
 # ---- model.py ------------------------------------------------------------------------------------
@@ -1570,7 +1748,7 @@ def test_scores_of_samples_are_what_they_are_called(cars):
     assert r["object"] == "test_00000"
     for name, value in want.items():
         assert r[name] == pytest.approx(float(value), rel=1e-4), name
-    v, *pair = toys.cars.door_pair(views, 0, data.resize)
+    v, *pair = toys.cars.hidden_pair(views, 0, data.resize)
     x, cam = data.gather(views, torch.tensor([[64, v]]))
     door = sample.renderings(g, cam.views([1]), white)[:, 0]
     assert {k: r[k] for k in ("both", "decided", "amber", "true")} == toys.cars.door_scores(
@@ -1943,7 +2121,7 @@ def test_the_told_teachers_door_is_the_one_it_is_told(cars):
     """Against a held-out car's amber door and its twin's blue one; told nothing, mud."""
     teacher, _ = shipped("teacher.pt", Teacher)
     views = data.load(cars, "cars", "test", 64)
-    v, amber, blue = toys.cars.door_pair(views, 0, data.resize)
+    v, amber, blue = toys.cars.hidden_pair(views, 0, data.resize)
     x, cam = data.gather(views, torch.tensor([[int(sample.test_views(views, 0, 1)[0]), v]]))
     x[0, 1] = amber
     x = torch.cat([x, x])                                                     # (2, 2, 3, 64, 64)
