@@ -173,11 +173,11 @@ def read_object(folder, split, size, about):
     """All views of one object -> pixels (V, H, W, 3) uint8, c2w (V, 4, 4) float64, and K (V, 4 or
     5) in pixels. H is the size; about["background"] is the colour behind transparent pictures."""
     read = layout(folder, split)
-    h, w = size, round(size * about.get("aspect", 1))
+    hw = size, round(size * about.get("aspect", 1))
     with reading(folder, "an object that can be read"):
-        views = [(c2w, K, resize(picture, (h, w))) for c2w, K, picture in read(about["background"])]
+        views = [(c2w, K, resize(picture, hw)) for c2w, K, picture in read(about["background"])]
         c2w, K, pixels = map(np.stack, zip(*views))
-    K[:, :4] *= w, h, w, h
+    K[:, :4] *= hw[::-1] * 2                                                 # W H W H
     return pixels, c2w, K
 
 

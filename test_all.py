@@ -743,7 +743,8 @@ def test_a_known_point_lands_on_its_pixel_in_the_stretched_frames_of_clips(tmp_p
     want = torch.tensor(lens) * torch.tensor([72 / 192, 48 / 96] * 2)
     torch.testing.assert_close(views.K, want.expand(8, 4))
     for first, last, unit in (0, 5, ROUND), (5, 8, moved[:3]):
-        where, images = views.c2w[first:last].double(), views.images[first:last]
+        where = views.c2w[first:last].double()                      # (V, 4, 4)
+        images = views.images[first:last]                           # (V, 3, H, W)
         eye = where[:, :3, 3]                                       # (V, 3)
         spread = np.sqrt(((unit[:, :3, 3] - unit[:, :3, 3].mean(0)) ** 2).sum(1).mean())
         np.testing.assert_allclose((eye - eye.mean(0)).square().sum(1).mean(), 1, rtol=1e-5)
@@ -785,7 +786,7 @@ def corners(a, n):
     """The n pixels (n, 2), x y, of a picture (H, W) with the strongest corners, not too near."""
     y, x = torch.gradient(a)
     smooth = lambda p: F.avg_pool2d(p[None], 5, 1, 2)[0]
-    xx, yy, xy = smooth(x * x), smooth(y * y), smooth(x * y)
+    xx, yy, xy = map(smooth, (x * x, y * y, x * y))                 # (H, W)
     least = xx + yy - ((xx - yy) ** 2 + 4 * xy ** 2).sqrt()         # eigenvalue, (H, W)
     least = least * (least == F.max_pool2d(least[None], 15, 1, 7)[0])
     i = F.pad(least[8:-8, 8:-8], [8] * 4).flatten().topk(n).indices
@@ -800,7 +801,9 @@ def match(a, b, at):
     spread = (F.avg_pool2d(b[None] ** 2, 15, 1) - F.avg_pool2d(b[None], 15, 1) ** 2).clamp(1e-5)
     score = (F.conv2d(b[None, None], patch[:, None]) / 225 / spread.sqrt())[0]      # (n, h, w)
     best, i = score[:, 1:-1, 1:-1].flatten(1).max(1)
-    y, x, k = i // (score.shape[2] - 2) + 1, i % (score.shape[2] - 2) + 1, torch.arange(len(at))
+    y = i // (score.shape[2] - 2) + 1                               # (n,)
+    x = i % (score.shape[2] - 2) + 1                                # (n,)
+    k = torch.arange(len(at))
     peak = lambda low, high: (low - high) / (2 * (low + high - 2 * best))           # of a parabola
     x_part = peak(score[k, y, x - 1], score[k, y, x + 1])
     y_part = peak(score[k, y - 1, x], score[k, y + 1, x])
