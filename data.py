@@ -1,11 +1,13 @@
-"""Multi-view pictures of objects with their cameras: folders in, batches out.
+"""Multi-view pictures of objects and scenes with their cameras: folders in, batches out.
 
     <root>/srn_cars/cars_<split>/<object>/{intrinsics.txt, rgb/000000.png, pose/000000.txt}
     <root>/co3d_hydrant_for_gs/<split>/<object>/{images_fg, focal_lengths}.npy
+    <root>/re10k/<split>/<clip>.txt and <clip>/<timestamp>.jpg, as RealEstate10K: scenes
     path/to/your/own/<object>/{transforms.json and the pictures it names, or the files of SRN}
 
 `prepare` finds a dataset, packs the pictures of each split into one memory-mapped uint8 file, and
-returns its `Views`; `draw` and `gather` cut batches from them, so training decodes no picture.
+returns its `Views`; `draw` and `gather` cut batches from them, so training decodes no picture. A
+clip counts as an object; all that differs in scenes is in their rows of DATASETS.
 Nothing is downloaded: if there are no cars, toys/cars.py makes procedural ones in SRN's layout.
 
     python data.py cars                                        # prepare, print what is there
@@ -40,17 +42,29 @@ from toys import cars
 #   background   rgb
 #   source       the view of a test object that is the input; all others are targets
 #   iters        steps of the teacher | start: gain, bias of its last layer; both for --paper
+# For scenes:
+#   aspect       width / height of the pictures; 1 for objects
+#   window       targets are at most this many frames from the source; for objects, all views
+#   log_depth    depth = near (far / near)^sigmoid
+#   pad          the splat image is larger than the picture by this part of H on each side
 ON_WHITE = (1., 1., 1.)
 SMALL = math.log(.02)
 CO3D = dict(near=-2.0, far=2.0, background=(0., 0., 0.), source=0, iters=900_001,
             start=dict(opacity=(1, -2), scale=(.003, SMALL), offset=(.1, 0)))
+# The unit is the root mean square distance of a clip's cameras from their mean. Corners matched and
+# triangulated in five real clips (parallax > 1 degree): 98 % have depths from 1.6 to 20, the clips'
+# medians are 3 to 10. Such corners miss what is nearest and farthest, hence more room.
+SCENE = dict(near=0.5, far=50.0, background=(.5, .5, .5), iters=500_001,
+             start=dict(opacity=(1, 0), scale=(.1, SMALL), offset=(.2, 0)),
+             aspect=1.5, window=30, log_depth=True, pad=1 / 8)
 DATASETS = {
     "cars": dict(near=0.80, far=1.80, background=ON_WHITE, source=cars.SOURCE, iters=900_001,
                  start=dict(opacity=(.001, -3), scale=(.001, SMALL), offset=(1e-6, 0))),
     "chairs": dict(near=1.25, far=2.75, background=ON_WHITE, source=64, iters=1_000_001,
                    start=dict(opacity=(.001, -2), scale=(.001, SMALL), offset=(1e-6, 0))),
-    "hydrants": CO3D, "teddybears": CO3D,
+    "hydrants": CO3D, "teddybears": CO3D, "re10k": SCENE, "rooms": SCENE,
 }
+TOYS = dict(cars=cars)                                               # procedural datasets
 OWN = dict(CO3D, near=-0.5, far=0.5, background=ON_WHITE)            # a folder of your own
 EXTENT = 1.27          # world units across a picture at the object's distance, as in SRN's cars
 SPLITS = "train", "val", "test"
@@ -67,12 +81,12 @@ VERSION = 3            # of the packed files: to be raised when their bytes chan
 @dataclass
 class Views:
     """One split, all that a batch is cut from: M views of O objects."""
-    images: torch.Tensor   # (M, 3, S, S) uint8, memory-mapped
+    images: torch.Tensor   # (M, 3, H, W) uint8, memory-mapped
     c2w: torch.Tensor      # (M, 4, 4) camera-to-world, OpenCV
     K: torch.Tensor        # (M, 4) fx fy cx cy in pixels; (M, 5): and the depth of the object
     start: torch.Tensor    # (O+1,) int64, stays on the CPU: object o owns views start[o]:start[o+1]
     names: list            # O names of objects
-    meta: dict             # a row of DATASETS, and dataset split size procedural fingerprint root
+    meta: dict   # a row of DATASETS; dataset split size hw procedural fingerprint root listed
 
     def __len__(self):
         return len(self.names)
@@ -83,27 +97,31 @@ class Views:
 
 
 def draw(views, batch, n_views, generator):
-    """Random objects (B,), V random views of each (B, V), source first; repeats if it has fewer."""
+    """Random objects (B,), V random views of each (B, V), source first; repeats if it has fewer. If
+    the dataset has a window, the others are at most that many frames from the source."""
     first = views.start[:-1]                                                 # (O,)
     count = views.start.diff()                                               # (O,)
     objects = torch.randint(len(views), (batch,), generator=generator)       # (B,)
     order = torch.rand(batch, int(count.max()), generator=generator)         # (B, most views)
-    own = torch.arange(order.shape[1]) < count[objects, None]                # (B, most views)
+    frame = torch.arange(order.shape[1])                                     # (most views,)
+    own = frame < count[objects, None]                                       # (B, most views)
+    source = order.masked_fill(~own, 2).argmin(1, keepdim=True)              # (B, 1)
+    own &= (frame - source).abs() <= views.meta.get("window", math.inf)      # (B, most views)
     order = order.masked_fill(~own, 2).argsort(1)                            # own views first
-    pick = torch.arange(n_views) % count[objects, None]                      # too few: again
+    pick = torch.arange(n_views) % own.sum(1, keepdim=True)                  # too few: again
     return objects, first[objects, None] + order.gather(1, pick)             # (B,) (B, V)
 
 
 def gather(views, index):
-    """(B, V) -> images (B, V, 3, S, S) in [0, 1] and cameras relative to each first view."""
-    x = views.images[index].float() / 255                                    # (B, V, 3, S, S)
+    """(B, V) -> images (B, V, 3, H, W) in [0, 1] and cameras relative to each first view."""
+    x = views.images[index].float() / 255                                    # (B, V, 3, H, W)
     c2w = views.c2w[index]                                                   # (B, V, 4, 4)
     move = torch.cat([c2w[:, :1, :3, :3].expand_as(c2w[..., :3, :3]),        # [R_src | t_src - t]
                       c2w[:, :1, :3, 3:] - c2w[..., :3, 3:]], -1)            # (B, V, 3, 4)
     w2c = torch.eye(4, device=c2w.device).repeat(*index.shape, 1, 1)         # (B, V, 4, 4)
     # inv(c2w) @ c2w_src = R^T [R_src | t_src - t]; summed by hand, as TF32 would round it
     w2c[:, 1:, :3] = (c2w[..., :3, :3].mT[..., None] * move[..., None, :, :]).sum(-2)[:, 1:]
-    return x, Camera(w2c, views.K[index], (views.meta["size"],) * 2)
+    return x, Camera(w2c, views.K[index], tuple(x.shape[-2:]))
 
 
 # ==== The lesson ends here. Below: from a dataset's name to Views. ================================
@@ -111,15 +129,15 @@ def gather(views, index):
 def prepare(dataset, root="data", size=128, n_train=200, n_test=24, seed=0, quiet=False,
             splits=SPLITS):
     """-> {split: Views} of the splits that are there. dataset: a name in DATASETS, or the path of a
-    folder. If there are no cars, n_train + n_test procedural ones are made from the seed."""
+    folder. If there are no TOYS of that name, n_train + n_test are made from the seed."""
     folders = find(root, dataset)
     limits = {}
-    if dataset == "cars" and all(map(is_procedural, folders.values())):
+    if dataset in TOYS and all(map(is_procedural, folders.values())):
         limits = dict(train=n_train, test=n_test)
-        cars.generate(Path(root, dataset), limits, seed, partial(parallel, quiet=quiet))
+        TOYS[dataset].generate(Path(root, dataset), limits, seed, partial(parallel, quiet=quiet))
         folders = find(root, dataset)
     if not quiet:
-        said = f" (procedural, seed {seed}, not ShapeNet)" if limits else ""
+        said = f" (procedural, seed {seed}, not real data)" if limits else ""
         print(f"data: {Path(dataset).name} in {min(folders.values()).parent}{said}", flush=True)
     return {split: load(root, dataset, split, size, limits.get(split), quiet) for split in folders
             if split in splits}
@@ -132,27 +150,34 @@ def load(root, dataset, split, size, limit=None, quiet=False):
     folder = folders[split]
     objects = list_objects(folder, split, shared=[*folders.values()].count(folder) > 1)[:limit]
     about = DATASETS.get(dataset, OWN)
-    read = *objects, *sorted(folder.glob("camera_?s.npz"))
+    hw = size, round(size * about.get("aspect", 1))
+    cameras = filter(Path.exists, map(clip_file, objects))
+    read = *objects, *sorted(folder.glob("camera_?s.npz")), *cameras
     stamp = repr((VERSION, [files_of(os.path.realpath(path)) for path in read]))
     stamp = hashlib.sha256(stamp.encode()).hexdigest()[:12]
     stem = Path(root, ".cache", f"{Path(dataset).name}_{split}_{size}_{stamp}")
-    if not read_pack(stem, size):
+    if not read_pack(stem, hw):
         pack(stem, [(item, split, size, about) for item in objects], f"packing {folder}", quiet)
-    *arrays, names, checks = read_pack(stem, size)
+        gone = [x for x in folder.glob("[!.]*.txt") if not layout(x.with_suffix(""), split)]
+        if gone and "window" in about and not quiet:
+            print(f"data: {folder}: clips without frames, left out: {len(gone)}", flush=True)
+    *arrays, names, checks = read_pack(stem, hw)
     return Views(*map(torch.from_numpy, arrays), names.tolist(), dict(
-        dataset=dataset, split=split, size=size, **about, root=str(folder.parent),
+        dataset=dataset, split=split, size=size, hw=hw, **about, root=str(folder.parent),
         procedural=dataset in DATASETS and is_procedural(folder),
-        fingerprint=hashlib.sha256(checks.tobytes()).hexdigest()[:12]))
+        fingerprint=hashlib.sha256(checks.tobytes()).hexdigest()[:12],
+        listed=read_list(clip_file(folder)) if "window" in about else {}))
 
 
 def read_object(folder, split, size, about):
-    """All views of one object -> pixels (V, size, size, 3) uint8, c2w (V, 4, 4) float64, and
-    K (V, 4 or 5) in pixels. about["background"] is the colour behind transparent pictures."""
+    """All views of one object -> pixels (V, H, W, 3) uint8, c2w (V, 4, 4) float64, and K (V, 4 or
+    5) in pixels. H is the size; about["background"] is the colour behind transparent pictures."""
     read = layout(folder, split)
+    hw = size, round(size * about.get("aspect", 1))
     with reading(folder, "an object that can be read"):
-        views = [(c2w, K, resize(picture, size)) for c2w, K, picture in read(about["background"])]
+        views = [(c2w, K, resize(picture, hw)) for c2w, K, picture in read(about["background"])]
         c2w, K, pixels = map(np.stack, zip(*views))
-    K[:, :4] *= size
+    K[:, :4] *= hw[::-1] * 2                                                 # W H W H
     return pixels, c2w, K
 
 
@@ -178,8 +203,8 @@ def centred(c2w, K, folder, size):
 
 # ---- one reader a layout -------------------------------------------------------------------------
 # read(path, background), of the file that `layout` looks for, yields an object's views: c2w (4, 4)
-# as in OpenCV; K (4 or 5,), fx fy cx cy as fractions of the picture's side and, in CO3D, the depth
-# of the object's middle; and a square picture (side, side, 3) uint8.
+# as in OpenCV; K (4 or 5,), fx fy cx cy as fractions of width and height and, in CO3D, the depth
+# of the object's middle; and a picture (h, w, 3) uint8, square but in clips.
 
 def read_srn(path, background):
     """intrinsics.txt: f cx cy 0. / ... / height width. pose/*.txt: camera-to-world, row-major.
@@ -284,6 +309,44 @@ def read_co3d(path, background):
         yield m, k, (255 * x.clip(0, 1) + .5).astype(np.uint8).transpose(1, 2, 0)
 
 
+def read_clip(path, background):
+    """RealEstate10K: the video's address, then a line for each frame: its time, fx fy cx cy as
+    fractions of width and height, 0 0, and world-to-camera (3, 4). Ours: scaled so that the root
+    mean square distance of the cameras from their mean is 1; there are no points to scale by."""
+    with reading(path, "a clip: an address, then 19 numbers a frame"):
+        lines = [line.split() for line in path.read_text().splitlines()[1:] if line.strip()]
+        rows = np.array([line[1:] for line in lines], np.float64)            # (V, 18)
+        w2c = np.tile(np.eye(4), (len(rows), 1, 1))                          # (V, 4, 4)
+        w2c[:, :3] = rows[:, 6:].reshape(len(rows), 3, 4)
+    K = pinhole(rows[:, :4], path)                                           # (V, 4)
+    w2c = [rigid(m, f"{path}: {line[0]}") for line, m in zip(lines, w2c)]    # (4, 4) each
+    c2w = np.linalg.inv(w2c)                                                 # (V, 4, 4)
+    away = c2w[:, :3, 3] - c2w[:, :3, 3].mean(0)                             # (V, 3)
+    spread = np.sqrt((away ** 2).sum(1).mean())
+    if spread > 1e-6:                                          # else the camera only turns
+        c2w[:, :3, 3] /= spread
+    for (time, *_), m, k in zip(lines, c2w, K):
+        png = path.with_suffix("") / f"{time}.png"
+        file = png if png.exists() else png.with_suffix(".jpg")
+        yield m, k, on_background(read_rgba(file), background)
+
+
+def read_list(path):
+    """Flash3D's test list, rows `clip source 5 10 random` of frame numbers, if it is there ->
+    {clip: the four numbers in its first row}."""
+    rows = {}
+    with reading(path, "Flash3D's list: clip, source, three targets"):
+        for line in path.read_text().splitlines() if path.exists() else ():
+            name, source, five, ten, random = line.split()
+            rows.setdefault(name, (int(source), int(five), int(ten), int(random)))
+    return rows
+
+
+def clip_file(folder):
+    """The text file beside the folder of a clip, or, a list of clips, beside that of a split."""
+    return folder.parent / f"{folder.name}.txt"
+
+
 def layout(folder, split):
     """The reader of the object in this folder, by a file of its layout; None if it is no object."""
     for name, read in ((f"transforms_{split}.json", read_nerf), ("transforms.json", read_nerf),
@@ -291,6 +354,8 @@ def layout(folder, split):
         path = Path(folder, name)
         if path.exists():
             return partial(read, path)
+    if clip_file(folder).exists() and any(folder.glob("[!.]*.[jp][pn]g")):
+        return partial(read_clip, clip_file(folder))
 
 
 def numbers(path, what="numbers"):
@@ -346,11 +411,12 @@ def on_background(image, background):
     return np.asarray(Image.alpha_composite(behind, image).convert("RGB"))
 
 
-def resize(pixels, size):
-    """(side, side, 3) uint8 -> (size, size, 3). If a whole number of pixels becomes one, that is
-    their mean, as a camera of that size would see them."""
-    how = Image.LANCZOS if len(pixels) % size else Image.BOX
-    return np.array(Image.fromarray(pixels).resize((size, size), how))
+def resize(pixels, hw):
+    """(h, w, 3) uint8 -> (H, W, 3); hw: H and W, or one number for both. If a whole number of
+    pixels becomes one, that is their mean, as a camera of that size would see them."""
+    H, W = np.broadcast_to(hw, 2).tolist()
+    how = Image.LANCZOS if len(pixels) % H or pixels.shape[1] % W else Image.BOX
+    return np.array(Image.fromarray(pixels).resize((W, H), how))
 
 
 # ---- find the objects, pack them, the command ----------------------------------------------------
@@ -364,8 +430,10 @@ def find(root, dataset):
         real = f"{root}/srn_{dataset}/{dataset}_"
         if DATASETS[dataset] is CO3D:
             real = f"{root}/co3d_{dataset[:-1]}_for_gs/"
+        if "window" in DATASETS[dataset]:
+            real = f"{root}/{dataset}/"
         found = splits(real) or splits(f"{root}/{dataset}/{dataset}_")
-        if dataset != "cars" and not found:
+        if dataset not in TOYS and not found:
             fail(f"no {dataset}: expected {real}{{train,test}}/<object>/; see README.md")
         return found
     own = Path(dataset)
@@ -392,7 +460,7 @@ def list_objects(folder, split, shared):
             found = [x for x in found if np.isfinite(cameras.get(x.name, math.nan)).all()]
     if not found:
         fail(f"{folder}: no objects with cameras in it: transforms.json, or intrinsics.txt with "
-             "pose/ and rgb/, or CO3D's focal_lengths.npy")
+             "pose/ and rgb/, or CO3D's focal_lengths.npy, or <clip>.txt beside <clip>/*.jpg")
     if shared:
         test = found[9::10] or found[-1:]
         found = test if split == "test" else [x for x in found if x not in test] or test
@@ -420,13 +488,13 @@ def pack(stem, jobs, title, quiet):
         fail(f"cannot write {stem}.u8: {e.strerror}; free some space or give another --root")
 
 
-def read_pack(stem, size):
+def read_pack(stem, hw):
     """What `pack` wrote, or None if it is not there or not whole."""
     try:
         with np.load(f"{stem}.npz") as file:
             arrays = [file[name] for name in ("c2w", "K", "start", "names", "checks")]
         # "c", copy on write: torch wants writable memory, and the file must never change
-        shape = len(arrays[0]), 3, size, size
+        shape = len(arrays[0]), 3, *hw
         return np.memmap(f"{stem}.u8", np.uint8, "c", shape=shape), *arrays
     except Exception:                                          # zipfile raises many
         return None
@@ -435,8 +503,8 @@ def read_pack(stem, size):
 def read_packed(job):
     """-> an object's pictures as bytes, c2w, K, its name and a checksum."""
     folder, _, size, about = job
-    pixels, c2w, K = read_object(*job)                                       # (V, size, size, 3)
-    pictures = pixels.transpose(0, 3, 1, 2).tobytes()                        # V x 3 x size x size
+    pixels, c2w, K = read_object(*job)                                       # (V, H, W, 3)
+    pictures = pixels.transpose(0, 3, 1, 2).tobytes()                        # V x 3 x H x W
     check = zlib.crc32(pictures, zlib.crc32(c2w.tobytes()))
     if about == OWN and K.shape[1] == 4:          # a copy, in a worker process
         c2w, K = centred(c2w, K, folder, size)

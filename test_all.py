@@ -29,6 +29,7 @@ import pytest
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")   # as the scripts do
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 import data
@@ -666,6 +667,19 @@ def write_co3d(folder, c2w, K, pictures):
         np.savez(path, **old, **{folder.name: np.stack([part(m) for m in row])})
 
 
+def write_clip(folder, c2w, K, pictures, kind="png"):
+    """As RealEstate10K: cameras beside the frames, intrinsics as fractions, world-to-camera."""
+    folder.mkdir(parents=True)
+    h, w, _ = pictures[0].shape
+    lines = ["https://www.youtube.com/watch?v=0"]
+    for v, (m, picture) in enumerate(zip(c2w, pictures)):
+        Image.fromarray(picture).save(folder / f"{33367 * v}.{kind}", quality=95)
+        lens = K[0] / w, K[1] / h, K[2] / w, K[3] / h
+        numbers = *lens, 0., 0., *np.linalg.inv(m)[:3].ravel()
+        lines.append(" ".join([str(33367 * v), *(f"{x:.9f}" for x in numbers)]))
+    (folder.parent / f"{folder.name}.txt").write_text("\n".join(lines) + "\n")
+
+
 @pytest.mark.parametrize("write, dataset, folder", [
     (write_srn, "cars", "srn_cars/cars_train/a"),
     (write_srn, "chairs", "srn_chairs/chairs_train/chairs_2.0_train/a"),
@@ -701,6 +715,137 @@ def test_a_known_point_lands_on_its_pixel_in_every_layout(write, dataset, folder
         raw = torch.zeros(5, 24, 64, 64)
         g = splats_to_gaussians(raw, views.K, views.meta["near"], views.meta["far"])
         np.testing.assert_allclose(g.xyz[:, 0, 2], depth, rtol=1e-5)
+
+
+def test_a_known_point_lands_on_its_pixel_in_the_stretched_frames_of_clips(tmp_path, capsys):
+    """Against the pinhole formula, in frames that are cropped off the middle and stretched, so that
+    fx != fy, in any unit; each clip's cameras are then 1 from their mean. Non-square packs are read
+    back, a clip without frames is left out, and a list of test frames is handed on."""
+    folder = tmp_path / "re10k/test"
+    crop = [x[4:116] for x in BOX]                                  # 128 wide, 112 high
+    opaque = [data.on_background(Image.fromarray(x), (.5, .5, .5)) for x in crop]
+    stretch = lambda x: np.asarray(Image.fromarray(x).resize((192, 96), Image.LANCZOS))
+    lens = 131.25 * 192 / 128, 131.25 * 96 / 112, 64 * 192 / 128, 60 * 96 / 112
+    moved = ROUND.copy()
+    moved[:, :3, 3] = 40 * ROUND[:, :3, 3] + [5, -3, 7]
+    write_clip(folder / "a", ROUND, lens, [*map(stretch, crop)])
+    write_clip(folder / "b", moved[:3], lens, [*map(stretch, opaque)], "jpg")
+    write_clip(folder / "gone", ROUND, lens, [stretch(crop[0])])
+    (folder / "gone/0.png").unlink()
+    folder.with_suffix(".txt").write_text("b 1 0 2 2\nb 0 1 2 2\n")
+    views = data.load(tmp_path, "re10k", "test", 48)
+    assert "without frames, left out: 1\n" in capsys.readouterr().out and views.names == ["a", "b"]
+    assert views.images.shape == (8, 3, 48, 72) and views.meta["hw"] == (48, 72)
+    assert views.meta["listed"] == dict(b=(1, 0, 2, 2))
+    again = data.load(tmp_path, "re10k", "test", 48)
+    assert torch.equal(again.images, views.images) and len([*tmp_path.glob(".cache/*")]) == 2
+    assert data.gather(views, torch.tensor([[5, 6]]))[1].hw == (48, 72)
+    want = torch.tensor(lens) * torch.tensor([72 / 192, 48 / 96] * 2)
+    torch.testing.assert_close(views.K, want.expand(8, 4))
+    for first, last, unit in (0, 5, ROUND), (5, 8, moved[:3]):
+        where = views.c2w[first:last].double()                      # (V, 4, 4)
+        images = views.images[first:last]                           # (V, 3, H, W)
+        eye = where[:, :3, 3]                                       # (V, 3)
+        spread = np.sqrt(((unit[:, :3, 3] - unit[:, :3, 3].mean(0)) ** 2).sum(1).mean())
+        np.testing.assert_allclose((eye - eye.mean(0)).square().sum(1).mean(), 1, rtol=1e-5)
+        np.testing.assert_allclose(eye, unit[:, :3, 3] / spread, rtol=1e-5, atol=1e-5)
+        point = torch.from_numpy(POINT if last == 5 else 40 * POINT + [5, -3, 7]) / spread
+        p = where[:, :3, :3].mT @ (point - eye)[:, :, None]         # (V, 3, 1)
+        uv = (p[:, :2, 0] / p[:, 2] * views.K[0, :2] + views.K[0, 2:]).numpy()
+        cover = (images / 255. - .5).abs().mean(1).numpy()          # (V, H, W)
+        cover *= cover > .05                                        # the noise of JPEG
+        cover /= cover.sum((1, 2), keepdims=True)
+        np.testing.assert_allclose((cover.sum(1) * (np.arange(72) + .5)).sum(1), uv[:, 0], atol=.2)
+        np.testing.assert_allclose((cover.sum(2) * (np.arange(48) + .5)).sum(1), uv[:, 1], atol=.2)
+    (folder / "a.txt").write_text((folder / "a.txt").read_text() + "\n")         # a blank line
+    assert data.load(tmp_path, "re10k", "test", 48).meta["fingerprint"] == views.meta["fingerprint"]
+    assert len([*tmp_path.glob(".cache/*")]) == 4                   # the cameras count, too
+    write_clip(folder / "c", np.stack([ROUND[0]] * 2), lens, [*map(stretch, crop[:2])])
+    still = data.load(tmp_path, "re10k", "test", 48, quiet=True).c2w[8:]
+    torch.testing.assert_close(still, torch.from_numpy(ROUND[[0, 0]]).float())
+    folder.with_suffix(".txt").write_text("b 1 0 2\n")
+    assert "test.txt: not Flash3D's list" in refused(data.load, tmp_path, "re10k", "test", 48)
+
+
+def test_the_targets_of_a_frame_are_distinct_and_within_its_window():
+    """Against the frame numbers of two clips, one of them shorter than the window."""
+    start = torch.tensor([0, 40, 43])
+    views = data.Views(None, None, None, start, ["long", "short"], dict(window=5))
+    objects, index = data.draw(views, 4000, 4, torch.Generator().manual_seed(1))
+    assert (index >= start[objects, None]).all() and (index < start[objects + 1, None]).all()
+    assert (index - index[:, :1]).abs().max() == 5
+    assert all(len(set(row)) == (4 if row[0] < 40 else 3) for row in index.tolist())
+    assert set(index[:, 0].tolist()) == set(range(43))              # any frame is a source
+    assert set((index - index[:, :1])[:, 1:].flatten().tolist()) == set(range(-5, 6))   # 0: repeats
+    wide, free = (data.draw(data.replace(views, meta=meta), 99, 4, torch.Generator().manual_seed(2))
+                  for meta in (dict(window=100), {}))
+    assert torch.equal(wide[1], free[1])
+
+
+def corners(a, n):
+    """The n pixels (n, 2), x y, of a picture (H, W) with the strongest corners, not too near."""
+    y, x = torch.gradient(a)
+    smooth = lambda p: F.avg_pool2d(p[None], 5, 1, 2)[0]
+    xx, yy, xy = map(smooth, (x * x, y * y, x * y))                 # (H, W)
+    least = xx + yy - ((xx - yy) ** 2 + 4 * xy ** 2).sqrt()         # eigenvalue, (H, W)
+    least = least * (least == F.max_pool2d(least[None], 15, 1, 7)[0])
+    i = F.pad(least[8:-8, 8:-8], [8] * 4).flatten().topk(n).indices
+    return torch.stack([i % a.shape[1], i // a.shape[1]], 1)
+
+
+def match(a, b, at):
+    """Where in b (H, W) the 15 x 15 pixels of a around each `at` (n, 2) look most alike, by
+    normalised cross-correlation with all of b -> (n, 2) to a part of a pixel, and that (n,)."""
+    patch = a.unfold(0, 15, 1).unfold(1, 15, 1)[at[:, 1] - 7, at[:, 0] - 7]         # (n, 15, 15)
+    patch = F.layer_norm(patch, (15, 15), eps=1e-8)
+    spread = (F.avg_pool2d(b[None] ** 2, 15, 1) - F.avg_pool2d(b[None], 15, 1) ** 2).clamp(1e-5)
+    score = (F.conv2d(b[None, None], patch[:, None]) / 225 / spread.sqrt())[0]      # (n, h, w)
+    best, i = score[:, 1:-1, 1:-1].flatten(1).max(1)
+    y = i // (score.shape[2] - 2) + 1                               # (n,)
+    x = i % (score.shape[2] - 2) + 1                                # (n,)
+    k = torch.arange(len(at))
+    peak = lambda low, high: (low - high) / (2 * (low + high - 2 * best))           # of a parabola
+    x_part = peak(score[k, y, x - 1], score[k, y, x + 1])
+    y_part = peak(score[k, y - 1, x], score[k, y + 1, x])
+    return torch.stack([x + x_part, y + y_part], 1) + 7, best
+
+
+def epipolar_distances(w2c, K, p, q):
+    """Pixels (n,) from q (n, 2) to the lines on which the second camera sees the rays of p (n, 2)
+    of the first; w2c (4, 4): from the first camera to the second, K (2, 4)."""
+    ray = torch.cat([(p - K[0, 2:]) / K[0, :2], torch.ones(len(p), 1)], 1)          # (n, 3)
+    plane = torch.linalg.cross(w2c[:3, 3].expand_as(ray), ray @ w2c[:3, :3].T)      # (n, 3)
+    line = plane[:, :2] / K[1, :2]                                                  # (n, 2)
+    return ((line * (q - K[1, 2:])).sum(1) + plane[:, 2]).abs() / line.norm(dim=1)
+
+
+@pytest.mark.skipif(not (SHARED / "re10k").exists(), reason="the five real clips are not here")
+def test_matches_in_real_clips_lie_on_their_epipolar_lines(tmp_path):
+    """Against corners that are matched from frame to frame and back without any camera: half are
+    within 0.6 pixels in each clip; with one focal length for both axes they are not as near."""
+    (tmp_path / "re10k").mkdir()
+    (tmp_path / "re10k/test").symlink_to(SHARED / "re10k")
+    views = data.load(tmp_path, "re10k", "test", 256, quiet=True)
+    assert len(views) == 5 and views.images.shape == (80, 3, 256, 384)
+    medians = []
+    for first in views.start[:-1].tolist():
+        right, wrong = [], []
+        for v in range(first, first + 15, 3):
+            x, cam = data.gather(views, torch.tensor([[v, v + 1]]))
+            a, b = x[0].mean(1)                                     # (H, W)
+            at = corners(a, 60)                                     # (60, 2)
+            to, alike = match(a, b, at)
+            inside = torch.tensor([7, 7]), torch.tensor([376, 248])
+            back, _ = match(b, a, to.round().long().clamp(*inside))
+            good = (alike > .9) & ((back - at).abs().amax(1) < 1.5)
+            K = cam.K[0]                                            # (2, 4)
+            for found, lens in (right, K), (wrong, K[:, [1, 1, 2, 3]]):
+                found.append(epipolar_distances(cam.w2c[0, 1], lens, at[good] + .5, to[good] + .5))
+        assert sum(map(len, right)) > 100
+        medians.append([torch.cat(right).median(), torch.cat(wrong).median()])
+    right, wrong = torch.tensor(medians).T                          # (5,) (5,)
+    print(*views.names, right, wrong)
+    assert (right <= .6).all() and (wrong > 1.2 * right).all() and wrong.sum() > 1.5 * right.sum()
 
 
 def test_pictures_of_ones_own_are_split_by_object_or_by_file(tmp_path):
@@ -899,6 +1044,14 @@ Image.new("RGB", (16, 32)).save(TURNED, "PNG", exif=EXIF)
     (write_nerf, NERF, ("camera_angle_x", "angle"), "fl_x or camera_angle_x"),
     (write_nerf, NERF, ("[[0.0, -0.8", "[[9.0, -0.8"), "r_0.png: not a pose"),
     (write_nerf, NERF, ("[[0.0, -0.8", "[[NaN, -0.8"), "r_0.png: not a pose"),
+    (write_clip, "../a.txt", None, "no objects with cameras"),
+    (write_clip, "../a.txt", b"url\n0 1 1 .5 .5\n", "a.txt: not a clip"),
+    (write_clip, "../a.txt", b"url\n", "a.txt: not a clip"),
+    (write_clip, "../a.txt", ("0 1.000000000", "0 0.000000000"), "a.txt: no focal length"),
+    (write_clip, "../a.txt", (" -0.8", " -9.8"), "a.txt: 0: not a pose"),
+    (write_clip, "../a.txt", (" -0.800000000", " nan"), "a.txt: 0: not a pose"),
+    (write_clip, "100101.png", None, "a/100101.jpg: not a readable image"),
+    (write_clip, "100101.png", b"no", "a/100101.png: not a readable image"),
     (write_co3d, MASKED, b"no", MASKED), (write_co3d, MASKED, np.zeros((4, 3, 8, 8)), MASKED),
     (write_co3d, MASKED, np.full((5, 3, 32, 32), 255.), MASKED),
     (write_co3d, MASKED, np.full((5, 3, 32, 32), np.nan), MASKED),
@@ -908,8 +1061,10 @@ Image.new("RGB", (16, 32)).save(TURNED, "PNG", exif=EXIF)
     (write_co3d, "../camera_Rs.npz", dict(a=np.ones((5, 3, 3))), "camera_Rs.npz: a: not a pose")])
 def test_bad_files_are_named_in_one_line(write, name, how, said, tmp_path):
     """Against each way of spoiling an object; nothing packed is left behind."""
-    dataset, base = {write_srn: ("cars", "srn_cars/cars_train"), write_nerf: (
-        str(tmp_path), ""), write_co3d: ("hydrants", "co3d_hydrant_for_gs/train")}[write]
+    dataset, base = {
+        write_srn: ("cars", "srn_cars/cars_train"), write_nerf: (str(tmp_path), ""),
+        write_co3d: ("hydrants", "co3d_hydrant_for_gs/train"),
+        write_clip: ("re10k", "re10k/train")}[write]
     write(tmp_path / base / "a", LOOKS, (32, 32, 16, 16), GREY)
     spoil(tmp_path / base / "a" / name, how)
     assert said in refused(data.load, tmp_path, dataset, "train", 16)
