@@ -34,7 +34,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from rasterize import Camera, fail, reading
-from toys import cars
+from toys import cars, rooms
 
 # Settings of each dataset, as in Splatter Image:
 #   near, far    range of the splats' depths, world units; if the distance of the object differs
@@ -64,7 +64,7 @@ DATASETS = {
                    start=dict(opacity=(.001, -2), scale=(.001, SMALL), offset=(1e-6, 0))),
     "hydrants": CO3D, "teddybears": CO3D, "re10k": SCENE, "rooms": SCENE,
 }
-TOYS = dict(cars=cars)                                               # procedural datasets
+TOYS = dict(cars=cars, rooms=rooms)                                  # procedural datasets
 OWN = dict(CO3D, near=-0.5, far=0.5, background=ON_WHITE)            # a folder of your own
 EXTENT = 1.27          # world units across a picture at the object's distance, as in SRN's cars
 SPLITS = "train", "val", "test"
