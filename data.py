@@ -67,12 +67,12 @@ VERSION = 3            # of the packed files: to be raised when their bytes chan
 @dataclass
 class Views:
     """One split, all that a batch is cut from: M views of O objects."""
-    images: torch.Tensor   # (M, 3, S, S) uint8, memory-mapped
+    images: torch.Tensor   # (M, 3, H, W) uint8, memory-mapped
     c2w: torch.Tensor      # (M, 4, 4) camera-to-world, OpenCV
     K: torch.Tensor        # (M, 4) fx fy cx cy in pixels; (M, 5): and the depth of the object
     start: torch.Tensor    # (O+1,) int64, stays on the CPU: object o owns views start[o]:start[o+1]
     names: list            # O names of objects
-    meta: dict             # a row of DATASETS, and dataset split size procedural fingerprint root
+    meta: dict             # a row of DATASETS; dataset split size hw procedural fingerprint root
 
     def __len__(self):
         return len(self.names)
@@ -95,15 +95,15 @@ def draw(views, batch, n_views, generator):
 
 
 def gather(views, index):
-    """(B, V) -> images (B, V, 3, S, S) in [0, 1] and cameras relative to each first view."""
-    x = views.images[index].float() / 255                                    # (B, V, 3, S, S)
+    """(B, V) -> images (B, V, 3, H, W) in [0, 1] and cameras relative to each first view."""
+    x = views.images[index].float() / 255                                    # (B, V, 3, H, W)
     c2w = views.c2w[index]                                                   # (B, V, 4, 4)
     move = torch.cat([c2w[:, :1, :3, :3].expand_as(c2w[..., :3, :3]),        # [R_src | t_src - t]
                       c2w[:, :1, :3, 3:] - c2w[..., :3, 3:]], -1)            # (B, V, 3, 4)
     w2c = torch.eye(4, device=c2w.device).repeat(*index.shape, 1, 1)         # (B, V, 4, 4)
     # inv(c2w) @ c2w_src = R^T [R_src | t_src - t]; summed by hand, as TF32 would round it
     w2c[:, 1:, :3] = (c2w[..., :3, :3].mT[..., None] * move[..., None, :, :]).sum(-2)[:, 1:]
-    return x, Camera(w2c, views.K[index], (views.meta["size"],) * 2)
+    return x, Camera(w2c, views.K[index], views.meta["hw"])
 
 
 # ==== The lesson ends here. Below: from a dataset's name to Views. ================================
@@ -140,7 +140,7 @@ def load(root, dataset, split, size, limit=None, quiet=False):
         pack(stem, [(item, split, size, about) for item in objects], f"packing {folder}", quiet)
     *arrays, names, checks = read_pack(stem, size)
     return Views(*map(torch.from_numpy, arrays), names.tolist(), dict(
-        dataset=dataset, split=split, size=size, **about, root=str(folder.parent),
+        dataset=dataset, split=split, size=size, **about, root=str(folder.parent), hw=(size, size),
         procedural=dataset in DATASETS and is_procedural(folder),
         fingerprint=hashlib.sha256(checks.tobytes()).hexdigest()[:12]))
 
@@ -346,11 +346,13 @@ def on_background(image, background):
     return np.asarray(Image.alpha_composite(behind, image).convert("RGB"))
 
 
-def resize(pixels, size):
-    """(side, side, 3) uint8 -> (size, size, 3). If a whole number of pixels becomes one, that is
+def resize(pixels, size, aspect=1):
+    """(h, w, 3) uint8 -> (size, size aspect, 3). If a whole number of pixels becomes one, that is
     their mean, as a camera of that size would see them."""
-    how = Image.LANCZOS if len(pixels) % size else Image.BOX
-    return np.array(Image.fromarray(pixels).resize((size, size), how))
+    width = round(size * aspect)
+    whole = len(pixels) % size == 0 == pixels.shape[1] % width
+    return np.array(Image.fromarray(pixels).resize((width, size), Image.BOX if whole
+                                                   else Image.LANCZOS))
 
 
 # ---- find the objects, pack them, the command ----------------------------------------------------
