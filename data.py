@@ -103,7 +103,7 @@ def gather(views, index):
     w2c = torch.eye(4, device=c2w.device).repeat(*index.shape, 1, 1)         # (B, V, 4, 4)
     # inv(c2w) @ c2w_src = R^T [R_src | t_src - t]; summed by hand, as TF32 would round it
     w2c[:, 1:, :3] = (c2w[..., :3, :3].mT[..., None] * move[..., None, :, :]).sum(-2)[:, 1:]
-    return x, Camera(w2c, views.K[index], views.meta["hw"])
+    return x, Camera(w2c, views.K[index], tuple(x.shape[-2:]))
 
 
 # ==== The lesson ends here. Below: from a dataset's name to Views. ================================
@@ -346,13 +346,12 @@ def on_background(image, background):
     return np.asarray(Image.alpha_composite(behind, image).convert("RGB"))
 
 
-def resize(pixels, size, aspect=1):
-    """(h, w, 3) uint8 -> (size, size aspect, 3). If a whole number of pixels becomes one, that is
-    their mean, as a camera of that size would see them."""
-    width = round(size * aspect)
-    whole = len(pixels) % size == 0 == pixels.shape[1] % width
-    return np.array(Image.fromarray(pixels).resize((width, size), Image.BOX if whole
-                                                   else Image.LANCZOS))
+def resize(pixels, hw):
+    """(h, w, 3) uint8 -> (H, W, 3); hw: H and W, or one number for both. If a whole number of
+    pixels becomes one, that is their mean, as a camera of that size would see them."""
+    H, W = np.broadcast_to(hw, 2).tolist()
+    how = Image.LANCZOS if len(pixels) % H or pixels.shape[1] % W else Image.BOX
+    return np.array(Image.fromarray(pixels).resize((W, H), how))
 
 
 # ---- find the objects, pack them, the command ----------------------------------------------------

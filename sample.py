@@ -205,9 +205,10 @@ def ssim(x_hat, x):
 
 def own_views(views, o):
     """Indices (V,) of test object o: its source view, or the first if there is none, then all
-    others. Of a clip: the middle frame if no source is named, then those within the window."""
+    others. Of a clip: the middle frame if no source is listed, then those within the window."""
     first, end = views.start[o:o + 2].tolist()
-    source = views.meta.get("source", (end - first) // 2)
+    usual = views.meta.get("source", (end - first) // 2)
+    source, *_ = views.meta.get("listed", {}).get(views.names[o], [usual])
     source = first + (source if source < end - first else 0)
     window = views.meta.get("window", end)
     return torch.tensor([source, *(i for i in range(first, end) if 0 < abs(i - source) <= window)])
@@ -215,12 +216,14 @@ def own_views(views, o):
 
 def test_views(views, o, n=0):
     """Indices of test object o: its source view, then n evenly spaced targets, or all for n = 0. Of
-    a clip, whatever n is: 5 and 10 frames later, or the last one, and a random one."""
+    a clip, whatever n is: those listed, or 5 and 10 frames later and a random one."""
     source, *index = own_views(views, o).tolist()
     if "window" in views.meta:
+        first, end = views.start[o:o + 2].tolist()
         random = np.random.default_rng(o).choice(index or [source])
-        later = [min(source + k, int(views.start[o + 1]) - 1) for k in (5, 10)]
-        return torch.tensor([source, *later, random])                         # (4,)
+        ours = np.array([source, source + 5, source + 10, random]) - first
+        listed = views.meta.get("listed", {}).get(views.names[o], ours)
+        return torch.tensor(listed).clamp(max=end - first - 1) + first        # (4,)
     n = min(n, len(index)) or len(index)
     return torch.tensor([source, *(index[i * len(index) // n] for i in range(n))])    # (1 + n,)
 
@@ -546,14 +549,14 @@ def prepare(path, size, background, posed=False, aspect=1):
         image = frame(path, image, background)
     elif image.width != image.height:
         fail(f"{path}: not square; with --view all pictures must be")
-    return data.resize(data.on_background(image, background), size, aspect)
+    return data.resize(data.on_background(image, background), (size, round(size * aspect)))
 
 
 def read_views(path, cfg, meta, a):
     """The source view, then those that guide -> images (1, V, 3, H, W), cameras relative to the
     first, background."""
     size = cfg.size
-    meta = dict(meta, aspect=cfg.aspect, hw=(size, round(size * cfg.aspect)))
+    meta = dict(meta, aspect=cfg.aspect)                                      # for `read_object`
     if path.is_dir():
         split = next((split for split in data.SPLITS if data.layout(path, split)), "test")
         pixels, c2w, K = data.read_object(path, split, size, meta)            # (V, H, W, 3)

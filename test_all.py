@@ -1730,8 +1730,9 @@ def test_targets_of_a_clip_lie_in_its_window_and_are_scored_one_by_one_without_t
     assert sample.opposite_views(views, 0).tolist() == [15, 3]       # of equal angles the first
     told = sample.told_views(views, 0, 9)
     assert told[0] == 15 and len(set(told.tolist())) == 10 and abs(told - 15).max() <= 12
-    views.meta["source"] = 2
-    assert sample.test_views(views, 0).tolist()[:3] == [2, 7, 12]
+    views.meta["listed"] = {"clip_1": (2, 6, 9, 0)}
+    assert sample.test_views(views, 1).tolist() == [32, 36, 37, 30]
+    assert sample.told_views(views, 1, 9)[0] == 32
     torch.manual_seed(0)
     teacher = Teacher(train.shape_of(train.Config(size=16, width=8, mult=(1, 2), code=0), CLIPS))
     predict = sample.predictor(teacher, views, cfg)
