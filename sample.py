@@ -331,7 +331,7 @@ def evaluate(predict, views, cfg, n_views, objects, title="", lpips=None):
             if where.any():
                 r["std"] = novel.std(0).mean(1)[where].mean()
         if views.meta["procedural"]:
-            v, *pair = cars.door_pair(views, o, data.resize)                  # (3, H, W) each
+            v, *pair = cars.hidden_pair(views, o, data.resize)                  # (3, H, W) each
             x, cam, _ = scene(views, torch.tensor([index[0], v]), cfg)        # (1, 2, 3, H, W)
             x_hat = renderings(g, cam.views([1]), background)                 # (n, 1, 3, H, W)
             r |= cars.door_scores(x_hat[:, 0], x[0, 1], *(p.to(x) for p in pair))

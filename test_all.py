@@ -742,7 +742,7 @@ def test_the_hidden_door_is_drawn_independently_and_painted_both_ways(cars):
              for i in range(400)]
     assert all(70 < doors.count((l, r)) < 130 for l in toys.cars.DOORS for r in toys.cars.DOORS)
     views = data.load(cars, "cars", "test", 64, quiet=True)
-    v, *pair = toys.cars.door_pair(views, 0, data.resize)
+    v, *pair = toys.cars.hidden_pair(views, 0, data.resize)
     about = json.loads((cars / "cars/cars_test/test_00000/attributes.json").read_text())
     colour = about["doors"]["right"]
     true, other = pair if colour == "amber" else pair[::-1]                   # (3, 64, 64) each
@@ -1626,7 +1626,7 @@ def test_scores_of_samples_are_what_they_are_called(cars):
     assert r["object"] == "test_00000"
     for name, value in want.items():
         assert r[name] == pytest.approx(float(value), rel=1e-4), name
-    v, *pair = toys.cars.door_pair(views, 0, data.resize)
+    v, *pair = toys.cars.hidden_pair(views, 0, data.resize)
     x, cam = data.gather(views, torch.tensor([[64, v]]))
     door = sample.renderings(g, cam.views([1]), white)[:, 0]
     assert {k: r[k] for k in ("both", "decided", "amber", "true")} == toys.cars.door_scores(
@@ -2106,7 +2106,7 @@ def test_the_told_teachers_door_is_the_one_it_is_told(cars):
     """Against a held-out car's amber door and its twin's blue one; told nothing, mud."""
     teacher, _ = shipped("teacher.pt", Teacher)
     views = data.load(cars, "cars", "test", 64)
-    v, amber, blue = toys.cars.door_pair(views, 0, data.resize)
+    v, amber, blue = toys.cars.hidden_pair(views, 0, data.resize)
     x, cam = data.gather(views, torch.tensor([[int(sample.test_views(views, 0, 1)[0]), v]]))
     x[0, 1] = amber
     x = torch.cat([x, x])                                                     # (2, 2, 3, 64, 64)

@@ -2,8 +2,8 @@
 
 A toy world in which one picture cannot show everything: each door is amber or blue, drawn
 independently, and no view sees both. The method can be followed without reading this file. data.py
-calls `generate` if there are no real cars; `door_pair` and `door_scores` measure what a model makes
-of the door that its input does not show.
+calls `generate` if there are no real cars; `hidden_pair` and `door_scores` measure what a model
+makes of the door that its input does not show.
 """
 import json
 import shutil
@@ -90,14 +90,16 @@ def inlay(parent, volume, colour, grow=.012):
                  np.r_[parent.d[skin] + grow, volume.d[edge]], colour, skin.sum())
 
 
-def trace(car, c2w, K, size, ss=3):
-    """Ray cast a car in closed form -> (size, size, 4) uint8 RGBA on white, ss x ss rays a pixel.
+def cast(car, c2w, K, hw, ss):
+    """Ray cast a stack of convex solids in closed form, ss x ss rays a pixel -> 1/z of each ray,
+    (h ss, w ss) float32, 0 where it meets nothing; each solid's first and last samples (solids, 2).
 
     A ray through (u, v) meets the plane n . x = d where 1/z is affine in (u, v). It enters a convex
     solid through the farthest plane that faces the camera, leaves by the nearest that does not,
-    and hits it if it enters first. 1/z carries the face's number in its lowest bits, so the
+    and hits it if it enters first. 1/z carries the face's number in its lowest 10 bits, so the
     z-buffer is one maximum and remembers what was seen.
     """
+    h, w = np.array(hw) * ss
     fx, fy, cx, cy = K
     R, eye = c2w[:3, :3], c2w[:3, 3]
     gap = car.d - car.n @ eye                                                # (P,)
@@ -106,19 +108,23 @@ def trace(car, c2w, K, size, ss=3):
     order = np.lexsort((~facing, car.owner))                 # (P,) each solid's facing planes first
     to_ray = np.array([[1 / fx, 0, -cx / fx], [0, 1 / fy, -cy / fy], [0, 0, 1]])
     plane = ((car.n @ R @ to_ray) / gap[:, None])[order].astype(np.float32)  # (P, 3): 1/z of u v 1
-    grid = ((np.arange(size * ss) + .5) / ss).astype(np.float32)             # (size ss,) pixels
-    along_u = (plane[:, :1] * grid)[:, None]                                 # (P, 1, size ss)
-    along_v = (plane[:, 1:2] * grid + plane[:, 2:])[:, :, None]              # (P, size ss, 1)
+    grid = ((np.arange(max(h, w)) + .5) / ss).astype(np.float32)             # pixels
+    along_u = (plane[:, :1] * grid[:w])[:, None]                             # (P, 1, w ss)
+    along_v = (plane[:, 1:2] * grid[:h] + plane[:, 2:])[:, :, None]          # (P, h ss, 1)
     number = (order + 1).astype(np.int32)[:, None, None]                     # (P, 1, 1)
 
     p = (car.corners - eye) @ R                                              # (M, 3) camera frame
-    uv = (p[:, :2] / p[:, 2:] * [fx, fy] + [cx, cy]) * ss                    # (M, 2) samples
-    first = np.floor(np.minimum.reduceat(uv, car.first_corner)).clip(0, size * ss).astype(int)
-    last = np.ceil(np.maximum.reduceat(uv, car.first_corner)).clip(0, size * ss).astype(int)
+    ahead = np.maximum(p[:, 2:], 1e-3)
+    uv = (p[:, :2] / ahead * [fx, fy] + [cx, cy]) * ss                       # (M, 2) samples
+    first = np.floor(np.minimum.reduceat(uv, car.first_corner)).clip(0, (w, h)).astype(int)
+    last = np.ceil(np.maximum.reduceat(uv, car.first_corner)).clip(0, (w, h)).astype(int)
+    z = np.minimum.reduceat(p[:, 2], car.first_corner)                       # (solids,) its nearest
+    first[z < 1e-3], last[z < 1e-3] = 0, (w, h)              # partly behind the camera: anywhere
+    last[np.maximum.reduceat(p[:, 2], car.first_corner) < 1e-3] = 0          # all of it: nowhere
 
     fronts = np.add.reduceat(facing, car.first[:-1], dtype=int)              # (solids,)
     shown = np.logical_or.reduceat(facing & car.skin, car.first[:-1])        # (solids,)
-    nearest = np.zeros((size * ss, size * ss), np.float32)                   # 1/z, 0 = background
+    nearest = np.zeros((h, w), np.float32)
     for i in np.flatnonzero(shown & (first < last).all(1)):
         (u0, v0), (u1, v1), a, b = first[i], last[i], car.first[i], car.first[i + 1]
         m = a + fronts[i]
@@ -131,7 +137,24 @@ def trace(car, c2w, K, size, ss=3):
         leave = leave.max(0, initial=0)                      # (h, w) 0: an inlay without a back
         seen = nearest[v0:v1, u0:u1]
         np.maximum(seen, enter * (enter > leave), out=seen)
+    return nearest, first, last
 
+
+def stack(parts, centre, scale):
+    """Solids -> all their planes and corners, scaled about `centre`: what `cast` takes."""
+    faces, points = [len(s.n) for s in parts], [len(s.corners) for s in parts]
+    n = np.concatenate([s.n for s in parts])                                            # (P, 3)
+    return SimpleNamespace(
+        n=n, d=(np.concatenate([s.d for s in parts]) - n @ centre) * scale,
+        corners=(np.concatenate([s.corners for s in parts]) - centre) * scale,
+        first=np.cumsum([0] + faces), first_corner=np.cumsum([0] + points)[:-1],
+        owner=np.repeat(np.arange(len(parts)), faces),
+        skin=np.concatenate([np.arange(len(s.n)) < s.skin for s in parts]))
+
+
+def trace(car, c2w, K, size, ss=3):
+    """What a camera sees of a car -> (size, size, 4) uint8 RGBA on white."""
+    nearest, first, last = cast(car, c2w, K, (size, size), ss)
     (u0, v0), (u1, v1) = first.min(0) // ss, -(-last.max(0) // ss)           # whole pixels
     face = nearest.view(np.int32)[v0 * ss:v1 * ss, u0 * ss:u1 * ss] & 1023   # (h ss, w ss)
     rgba = car.table.take(face, 0)                                           # (h ss, w ss, 4)
@@ -282,23 +305,19 @@ def extras(c, hull, shell):
 
 
 def assemble(c):
-    """A design -> one stack of planes, the bounding box centred on the origin with diagonal 1."""
+    """A design -> one stack of planes, the bounding box centred on the origin with diagonal 1, and
+    the colour of each."""
     lower, upper = body(c), cabin(c)
     parts = lower + wheels_and_doors(c, lower[0]) + upper + extras(c, lower[0], upper[0])
     n = np.concatenate([s.n for s in parts])                                        # (P, 3)
     corners = np.concatenate([s.corners for s in parts])                            # (M, 3)
     lo, hi = corners.min(0), corners.max(0)
-    scale, centre = 1 / np.linalg.norm(hi - lo), (lo + hi) / 2
-    faces, points = [len(s.n) for s in parts], [len(s.corners) for s in parts]
+    car = stack(parts, (lo + hi) / 2, 1 / np.linalg.norm(hi - lo))
     light = .50 + .14 * n[:, 2] + .46 * (n @ LIGHT).clip(0)                         # (P,) Lambert
-    rgb = np.repeat([s.colour for s in parts], faces, 0) * light[:, None]           # (P, 3)
+    rgb = np.array([s.colour for s in parts])[car.owner] * light[:, None]           # (P, 3)
     table = np.r_[[[1, 1, 1, 0]], np.c_[rgb.clip(0, 1), np.ones(len(n))]]           # (1+P, 4)
-    return SimpleNamespace(
-        n=n, d=(np.concatenate([s.d for s in parts]) - n @ centre) * scale,
-        corners=(corners - centre) * scale, table=table.astype(np.float32),
-        first=np.cumsum([0] + faces), first_corner=np.cumsum([0] + points)[:-1],
-        owner=np.repeat(np.arange(len(parts)), faces),
-        skin=np.concatenate([np.arange(len(s.n)) < s.skin for s in parts]))
+    car.table = table.astype(np.float32)
+    return car
 
 
 # ---- a procedural dataset in the SRN layout ------------------------------------------------------
@@ -359,11 +378,10 @@ def add_car(job):
                 raise
 
 
-def generate(folder, wanted, seed, parallel):
-    """Add the cars that a set lacks; wanted is {split: number of cars}, parallel is data.parallel.
-    procedural.json holds the set's seed and is written first, once."""
+def claim(folder, version, seed):
+    """procedural.json holds the seed of the set in `folder`; it is written first, once."""
     note = folder / "procedural.json"
-    about = {"version": VERSION, "seed": seed}
+    about = {"version": version, "seed": seed}
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with open(note, "x") as file:
@@ -375,8 +393,14 @@ def generate(folder, wanted, seed, parallel):
     except ValueError:
         found = {}
     if {**found, **about} != found:
-        fail(f"{note}: these cars have seed {found.get('seed')}, version {found.get('version')}, "
-             f"not {seed}, {VERSION}; delete {folder} or choose another --root")
+        fail(f"{note}: these {folder.name} have seed {found.get('seed')}, version "
+             f"{found.get('version')}, not {seed}, {version}; delete {folder} or choose another "
+             "--root")
+
+
+def generate(folder, wanted, seed, parallel):
+    """Add the cars that a set lacks; wanted is {split: number}, parallel is data.parallel."""
+    claim(folder, VERSION, seed)
     jobs = []
     for split, number in wanted.items():
         cars = folder / f"cars_{split}"
@@ -398,7 +422,7 @@ def door_pictures(folder, c2w):
         yield trace(assemble(design_), c2w, K, SIZE)
 
 
-def door_pair(views, o, resize):
+def hidden_pair(views, o, resize):
     """The door that car o hides from its source view, painted both ways: index of a view that faces
     that door; A, B (3, S, S) in [0, 1], the true picture of that view if the door were amber, and
     if it were blue. The source view shows the left door. resize is data.resize."""
