@@ -52,6 +52,7 @@ DATASETS = {
     "hydrants": CO3D, "teddybears": CO3D,
 }
 OWN = dict(CO3D, near=-0.5, far=0.5, background=ON_WHITE)            # a folder of your own
+TOYS = dict(cars=cars)                                               # procedural datasets
 EXTENT = 1.27          # world units across a picture at the object's distance, as in SRN's cars
 SPLITS = "train", "val", "test"
 # transforms.json: camera models that are pinholes if no coefficient distorts; fields of nerfstudio
@@ -72,7 +73,7 @@ class Views:
     K: torch.Tensor        # (M, 4) fx fy cx cy in pixels; (M, 5): and the depth of the object
     start: torch.Tensor    # (O+1,) int64, stays on the CPU: object o owns views start[o]:start[o+1]
     names: list            # O names of objects
-    meta: dict             # a row of DATASETS; dataset split size hw procedural fingerprint root
+    meta: dict   # a row of DATASETS; dataset split size hw procedural fingerprint root listed
 
     def __len__(self):
         return len(self.names)
@@ -132,6 +133,7 @@ def load(root, dataset, split, size, limit=None, quiet=False):
     folder = folders[split]
     objects = list_objects(folder, split, shared=[*folders.values()].count(folder) > 1)[:limit]
     about = DATASETS.get(dataset, OWN)
+    hw = size, round(size * about.get("aspect", 1))
     read = *objects, *sorted(folder.glob("camera_?s.npz"))
     stamp = repr((VERSION, [files_of(os.path.realpath(path)) for path in read]))
     stamp = hashlib.sha256(stamp.encode()).hexdigest()[:12]
@@ -140,7 +142,7 @@ def load(root, dataset, split, size, limit=None, quiet=False):
         pack(stem, [(item, split, size, about) for item in objects], f"packing {folder}", quiet)
     *arrays, names, checks = read_pack(stem, size)
     return Views(*map(torch.from_numpy, arrays), names.tolist(), dict(
-        dataset=dataset, split=split, size=size, **about, root=str(folder.parent), hw=(size, size),
+        dataset=dataset, split=split, size=size, hw=hw, **about, root=str(folder.parent),
         procedural=dataset in DATASETS and is_procedural(folder),
         fingerprint=hashlib.sha256(checks.tobytes()).hexdigest()[:12]))
 

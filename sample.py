@@ -303,7 +303,7 @@ def evaluate(predict, views, cfg, n_views, objects, title="", lpips=None):
     one, mean, best: PSNR in the n_views novel views of one sample (the average over samples), of
     the samples' mean image, and of the best sample. std: the standard deviation between samples in
     pixels that the source view hides. Of clips all is scored as in Flash3D, without a border of
-    5 %, and the three targets also one by one. Of procedural cars also `cars.door_scores`."""
+    5 %, and the three targets also one by one. Of procedural data also `cars.door_scores`."""
     border, names = (0.05, ("5", "10", "random")) if "window" in views.meta else (0, ())
     scores = []
     for o in tqdm(objects, title, leave=False, disable=not title):
@@ -331,7 +331,8 @@ def evaluate(predict, views, cfg, n_views, objects, title="", lpips=None):
             if where.any():
                 r["std"] = novel.std(0).mean(1)[where].mean()
         if views.meta["procedural"]:
-            v, *pair = cars.hidden_pair(views, o, data.resize)                  # (3, H, W) each
+            toy = data.TOYS[views.meta["dataset"]]
+            v, *pair = toy.hidden_pair(views, o, data.resize)                 # (3, H, W) each
             x, cam, _ = scene(views, torch.tensor([index[0], v]), cfg)        # (1, 2, 3, H, W)
             x_hat = renderings(g, cam.views([1]), background)                 # (n, 1, 3, H, W)
             r |= cars.door_scores(x_hat[:, 0], x[0, 1], *(p.to(x) for p in pair))
