@@ -51,8 +51,8 @@ DATASETS = {
                    start=dict(opacity=(.001, -2), scale=(.001, SMALL), offset=(1e-6, 0))),
     "hydrants": CO3D, "teddybears": CO3D,
 }
-OWN = dict(CO3D, near=-0.5, far=0.5, background=ON_WHITE)            # a folder of your own
 TOYS = dict(cars=cars)                                               # procedural datasets
+OWN = dict(CO3D, near=-0.5, far=0.5, background=ON_WHITE)            # a folder of your own
 EXTENT = 1.27          # world units across a picture at the object's distance, as in SRN's cars
 SPLITS = "train", "val", "test"
 # transforms.json: camera models that are pinholes if no coefficient distorts; fields of nerfstudio
