@@ -1387,8 +1387,9 @@ def test_only_splats_that_are_too_large_or_too_far_out_are_held_back():
     x, cam, white = scene_batch()
     teacher, cfg = Teacher(TINY), train.Config(code=0, views=2)
     lose = lambda: train.stage_0(teacher, x, cam, white, None, random_splats(), cfg)["loss"].item()
-    seen = lambda: train.image_loss(render(teacher.gaussians(teacher(x), cam.K[:, 0]), cam, white)[0]
-                                    [:, :2], x).mean().item()
+    def seen():
+        x_hat, _, _ = render(teacher.gaussians(teacher(x), cam.K[:, 0]), cam, white)
+        return train.image_loss(x_hat[:, :2], x).mean().item()
     assert lose() == seen()
     with torch.no_grad():
         teacher.unet.out.weight[1:8] = 0
@@ -1791,7 +1792,7 @@ def test_clips_train_in_three_stages_go_on_bitwise_are_scored_and_sampled(monkey
         assert not make(monkeypatch, tmp_path / "a/stage_2.pt", path, f"--out={out}")
     assert sorted(path.name for path in out.iterdir()) == [
         "film.webp", "sample.png", "sample_0.ply", "sample_1.ply", "viewer.html"]
-    assert Image.open(out / "film.webp").size == (2 * 16, 10)        # 24 x 16 with fx : fy of 18 : 20
+    assert Image.open(out / "film.webp").size == (2 * 16, 10)        # fx : fy is 18 : 20
     assert Image.open(out / "sample.png").size == (4 * 16, 2 * 10)   # input, middle, right, left
     assert read_ply(out / "sample_0.ply")["x"].shape == (20 * 28,)
     assert "look down" not in capsys.readouterr().out
