@@ -513,8 +513,8 @@ def parse(argv):
              "each, because half of a batch is told nothing"),
             (not cfg.t_star < cfg.t_known < T, f"give --t_star < --t_known < {T}"),
             (cfg.width % 2 or h % halvings or w % halvings,
-             f"--width must be even, and the splat image, by --size {h} x {w} pixels, must be so on "
-             "each level of --mult but the last"),
+             "--width must be even, and so must both sides of the splat image, by --size "
+             f"{h} x {w} pixels, on each level of --mult but the last"),
             ((cfg.graph or cfg.compile) and not cuda, "--graph and --compile need a GPU")]:
         if wrong:
             fail(message)
