@@ -1,7 +1,8 @@
 """The splat image, the U-Net, and the diffusion that turns noise into splats.
 
-    s      (B, 24, H, W) splat image: one Gaussian per pixel of the source view. *Raw* is what a
-           network outputs; *normalised* is the space of the diffusion.
+    s      (B, 24, H, W) splat image: one Gaussian per pixel of the source view, perhaps with a
+           margin around it. *Raw* is what a network outputs; *normalised* is the space of the
+           diffusion.
     g      the Gaussians that are rendered; `splats_to_gaussians` is the only way from s to g.
 
 The paper gives T = 100, t* = 20, DDIM with 10 steps and prediction of the clean splats (x0). The
@@ -26,7 +27,7 @@ from rasterize import Gaussians, fail, reading
 # biases, with two changes that train faster here: opacity and offset start as in its CO3D models,
 # and scales (our choice) at one pixel with a gain of 0.5, not at two with 0.003.
 SPLAT = {   # channels, then gain and bias of the last 1x1 convolution, then what they become
-    "depth":   (1, 1.0, 0.0),              # near + (far - near) sigmoid: z in the camera
+    "depth":   (1, 1.0, 0.0),              # from near to far by its sigmoid: z in the camera
     "offset":  (3, 0.1, 0.0),              # added in the camera's frame, world units
     "opacity": (1, 1.0, -2.0),             # sigmoid
     "scale":   (3, 0.5, math.log(0.01)),   # exp: world units; starts at about 1 pixel
@@ -38,20 +39,24 @@ WIDTHS = [width for width, _, _ in SPLAT.values()]
 S = sum(WIDTHS)                      # 24 channels
 
 
-def splats_to_gaussians(raw, K, near, far):
-    """Raw splat image (B, 24, H, W) -> Gaussians in the frame of the camera whose pixels it covers.
-    Gaussian n = row * W + column has centre ray(pixel) * depth + offset. K (B, 4 or 5): fx, fy, cx,
-    cy in pixels, then perhaps the depth of the object's middle, from which near and far then
-    count. Lengths in world units."""
+def splats_to_gaussians(raw, K, cfg):
+    """Raw splat image (B, 24, H, W) -> Gaussians in the frame of the camera whose pixels it covers,
+    and cfg.pad pixels beyond them on each side. Gaussian n = row * W + column has centre ray(pixel)
+    * depth + offset. K (B, 4 or 5): fx, fy, cx, cy in pixels, then perhaps the depth of the
+    object's middle, from which near and far then count. Lengths in world units."""
     B, _, H, W = raw.shape
     depth, offset, opacity, scale, quat, dc, sh1 = raw.flatten(2).mT.split(WIDTHS, -1)  # (B, N, c)
     fx, fy, cx, cy = K[:, :4, None].unbind(1)                                 # (B, 1)
-    start = near + K[:, 4:].sum(1)[:, None, None]                             # (B, 1, 1)
+    start = cfg.near + K[:, 4:].sum(1)[:, None, None]                         # (B, 1, 1)
     n = torch.arange(H * W, device=raw.device)                                # (N,)
-    x = (n % W + 0.5 - cx) / fx                                               # (B, N)
-    y = (n // W + 0.5 - cy) / fy                                              # (B, N)
+    x = (n % W + 0.5 - (cx + cfg.pad)) / fx                                   # (B, N)
+    y = (n // W + 0.5 - (cy + cfg.pad)) / fy                                  # (B, N)
     ray = torch.stack([x, y, torch.ones_like(x)], -1)                         # (B, N, 3), z = 1
-    xyz = ray * (start + (far - near) * depth.sigmoid()) + offset             # (B, N, 3)
+    if cfg.log_depth:
+        z = start * (cfg.far / cfg.near) ** depth.sigmoid()                   # (B, N, 1)
+    else:
+        z = start + (cfg.far - cfg.near) * depth.sigmoid()                    # (B, N, 1)
+    xyz = ray * z + offset                                                    # (B, N, 3)
     sh = torch.cat([dc, sh1], -1).unflatten(-1, (4, 3))                       # (B, N, 4, 3)
     return Gaussians(xyz, scale.exp(), F.normalize(quat, dim=-1), opacity[..., 0].sigmoid(), sh)
 
@@ -82,14 +87,22 @@ def denormalise(s, stats):
 
 @dataclass
 class ModelConfig:
-    size: int = 128              # pixels, images and splat images alike
+    size: int = 128              # pixels, height of the images
     width: int = 128             # channels of the first level
     mult: tuple = (1, 2, 2, 2)   # channels of each level / width; every level halves the size
     blocks: int = 4              # residual blocks a level
-    attn: int = 16               # resolution with self-attention
+    attn: int = 16               # height, without the pad, of the level with self-attention
     near: float = 0.8            # world units, range of the depth channel
     far: float = 1.8
     code: int = 0                # numbers that say what the picture does not show; 0: the paper
+    aspect: float = 1.0          # width / height of the images
+    pad: int = 0                 # pixels that splat images reach beyond images, on each side
+    log_depth: bool = False      # depth is near (far / near)^sigmoid, not linear in the sigmoid
+
+    @property
+    def hw(self):
+        """Height and width of a splat image."""
+        return self.size + 2 * self.pad, round(self.size * self.aspect) + 2 * self.pad
 
 
 def xavier(layer, gain=1.0):
@@ -149,21 +162,24 @@ class Block(nn.Module):
 
 
 class UNet(nn.Module):
-    """(B, c_in, H, W) -> (B, 24, H, W) raw splats. The denoiser's also depends on the time t (B,).
-    With cfg.code the decoder depends on a code (B, code): the teacher is given it, the denoiser
-    reads it from its deepest features, so that all pixels use the same one."""
+    """Images (B, 3, h, w) -> (B, 24, H, W) raw splats, H = h + 2 cfg.pad. The denoiser's also takes
+    noisy splats s_t of that size, and depends on the time t (B,). With cfg.code the decoder depends
+    on a code (B, code): the teacher is given it, the denoiser reads it from its deepest features,
+    so that all pixels use the same one."""
 
     def __init__(self, cfg, c_in=3, time=False):
         super().__init__()
         emb = 4 * cfg.width if time else 0
         both = emb + cfg.code                                                 # in the decoder
         self.width = cfg.width
+        self.pad = cfg.pad
         self.bf16 = False            # convolutions in half precision; all else stays in float32
         if time:
             self.map_layer0 = xavier(nn.Linear(cfg.width, emb))
             self.map_layer1 = xavier(nn.Linear(emb, emb))
-        res = [cfg.size >> level for level in range(len(cfg.mult))]           # finest first
-        levels = [(f"{r}x{r}", cfg.width * m, r == cfg.attn) for r, m in zip(res, cfg.mult)]
+        h, w = cfg.hw
+        levels = [(f"{h >> i}x{w >> i}", cfg.width * m, cfg.size >> i == cfg.attn)
+                  for i, m in enumerate(cfg.mult)]                            # finest first
         self.enc = nn.ModuleDict()
         skips = []                                                            # their channels
         c = cfg.width
@@ -205,8 +221,11 @@ class UNet(nn.Module):
         if "scale" not in rows:
             self.out.bias[5:8] += math.log(128 / size)                        # 1 pixel at any size
 
-    def forward(self, x, t=None, code=None):
+    def forward(self, x, t=None, code=None, s_t=None):
         """-> raw splats (B, 24, H, W), and the code (B, code) that was given or read, or None."""
+        x = F.pad(x, (self.pad,) * 4, "replicate")                            # (B, 3, H, W)
+        if s_t is not None:
+            x = torch.cat([x, s_t], 1)                                        # (B, 27, H, W)
         with torch.autocast(x.device.type, torch.bfloat16, self.bf16, cache_enabled=False):
             emb = None
             if t is not None:
@@ -315,15 +334,15 @@ class Denoiser(nn.Module):
 
     def predict(self, s_t, t, x_src):
         """-> s_hat (B, 24, H, W), and the code (B, code) that was read off s_t, or None."""
-        raw, code = self.unet(torch.cat([x_src, s_t], 1), t)
+        raw, code = self.unet(x_src, t, s_t=s_t)
         return normalise(raw, self.stats), code
 
     def gaussians(self, s, K):
         """Normalised splats (B, 24, H, W) -> Gaussians in the frame of the camera K (B, 4)."""
-        return splats_to_gaussians(denormalise(s, self.stats), K, self.cfg.near, self.cfg.far)
+        return splats_to_gaussians(denormalise(s, self.stats), K, self.cfg)
 
     def sample(self, x_src, eps, steps=STEPS, guide=None):
-        """Pure noise eps (B, 24, H, W) -> normalised splats of the object in x_src (B, 3, H, W)."""
+        """Pure noise eps (B, 24, H, W) -> normalised splats of the object in x_src (B, 3, h, w)."""
         t = torch.full((len(x_src),), T - 1, device=x_src.device)
         *_, s_hat = denoise(self, eps, t, x_src, steps, guide)
         return s_hat

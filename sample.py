@@ -35,7 +35,8 @@ from toys import cars
 
 HERE = Path(__file__).parent
 FRAMES = 36     # of one turn, a multiple of 4
-SIDE = 192      # pixels of a rendering
+SIDE = 192      # pixels, width of a rendering
+SWAY = 4        # degrees to each side, instead of a turn, where the data are clips
 
 
 # ---- a picture -> splats -> files ----------------------------------------------------------------
@@ -62,8 +63,8 @@ def trajectory(denoiser, x_src, guide, a):
     trail = []
     hook = denoiser.register_forward_pre_hook(lambda _, inputs: trail.append(inputs[0].detach()))
     noise = torch.Generator().manual_seed(a.seed)      # on the CPU: the same for every device
-    eps = torch.randn(a.samples, S, *x_src.shape[2:], generator=noise).to(a.device)
-    x_src = x_src.expand(a.samples, -1, -1, -1)                               # (B, 3, H, W)
+    eps = torch.randn(a.samples, S, *denoiser.cfg.hw, generator=noise).to(a.device)
+    x_src = x_src.expand(a.samples, -1, -1, -1)                               # (B, 3, h, w)
     s_hat = denoiser.sample(x_src, eps, a.steps, guide)
     hook.remove()
     return [*trail, s_hat]
@@ -71,46 +72,50 @@ def trajectory(denoiser, x_src, guide, a):
 
 def results(path, denoiser, teacher, meta, a):
     """Yields (name, bytes) of every file that is made of one input."""
-    size = denoiser.cfg.size
-    x, cam, background = read_views(path, size, meta, a)                      # (1, V, 3, H, W)
+    x, cam, background = read_views(path, denoiser.cfg, meta, a)              # (1, V, 3, H, W)
+    h, w = cam.hw
     K = cam.K[:, 0].expand(a.samples, -1)                                     # (B, 4 or 5)
     guide = guidance(denoiser, x, cam, background)
     trail = trajectory(denoiser, x[:, 0], guide, a)                           # (B, 24, H, W) each
     middle = (denoiser.cfg.near + denoiser.cfg.far) / 2 + K[0, 4:].sum().item()
-    look = dict(distance=middle, elevation=a.elevation, focal=K[0, 0].item() / size,
+    fx, fy = K[0, :2].tolist()
+    look = dict(distance=middle, elevation=a.elevation, focal=fx / w, aspect=fy / h * w / fx,
                 background=meta["background"], near=NEAR)
-    if a.elevation is None:
-        look["elevation"] = estimate_elevation(denoiser.gaussians(trail[-1], K), middle)
+    g = denoiser.gaussians(trail[-1], K)                                      # (B, N, ..)
+    if meta.get("window"):     # of a clip, not of an object with sides: the camera was level
+        look |= dict(distance=g.xyz[..., 2].median().item(), elevation=a.elevation or 0, sway=SWAY)
+    elif a.elevation is None:
+        look["elevation"] = estimate_elevation(g, middle)
         print(f"{path}: taken to look down by {look['elevation']} degrees, an estimate; if the "
               "splats are tilted, give --elevation")
 
     def place(network, s):
         """Splats of any step -> Gaussians in the upright frame."""
-        return upright(network.gaussians(s, K[:len(s)]), look, size)
+        return upright(network.gaussians(s, K[:len(s)]), look, w)
     states = [place(denoiser, s) for s in trail]
     g = states[-1]
-    turn = [photograph(g, i, look) for i in range(FRAMES)]                    # (B, P, P, 3) each
+    turn = [photograph(g, i, look) for i in range(FRAMES)]                    # (B, h, w, 3) each
     spread = [x.std(0, ddof=min(1, a.samples - 1)).mean() / 255 for x in turn]
     most = int(np.argmax(spread))
-    sides = dict.fromkeys([0, most, *range(0, FRAMES, FRAMES // 4)])          # without repeats
-    pixels = to_pixels(x[0, 0])                                               # (size, size, 3)
-    picture = Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-    rows = [np.hstack([picture, *(turn[side][k] for side in sides)]) for k in range(a.samples)]
+    sides = {round(azimuth(i, look)): i for i in (0, most, *range(0, FRAMES, FRAMES // 4))}
+    pixels = to_pixels(x[0, 0])                                               # (H, W, 3)
+    picture = Image.fromarray(pixels).resize(turn[0].shape[2:0:-1], Image.Resampling.BICUBIC)
+    rows = [np.hstack([picture, *(turn[i][k] for i in sides.values())]) for k in range(a.samples)]
     yield "sample.png", encoded([np.vstack(rows)], "PNG")
 
     objects = {f"sample {k}": [one(state, k) for state in states] for k in range(a.samples)}
     objects["teacher"] = [place(teacher, teacher(x[:, :1]))]
-    look["differ"] = most * 360 / FRAMES
+    look["differ"] = azimuth(most, look)
     page = viewer_html(path.name, encoded([pixels], "PNG"), objects, look)
     yield "viewer.html", page.encode()
 
-    film = []                                                                 # (B, P, P, 3) each
+    film = []                                                                 # (B, h, w, 3) each
     for i in range(FRAMES):
         step = a.steps * (1 - (1 - i / FRAMES) ** 2)                          # slower and slower
         k = int(step)
         s = trail[k].lerp(trail[k + 1], step - k)                             # (B, 24, H, W)
         film.append(photograph(place(denoiser, s), i, look))
-    film = [np.hstack(x) for x in film + turn]                                # (P, B P, 3) each
+    film = [np.hstack(x) for x in film + turn]                                # (h, B w, 3) each
     yield "film.webp", encoded(film, "WEBP", save_all=True, duration=83, loop=0)     # 12 a second
     for k in range(a.samples):
         yield f"sample_{k}.ply", ply_bytes(one(g, k))
@@ -124,8 +129,9 @@ def results(path, denoiser, teacher, meta, a):
 # A network's splats live in its source camera's frame. All that leaves this file is in the upright
 # frame instead: the object's middle at the origin, level OpenCV axes (y down, z forward), which is
 # what viewers of .ply files expect. `look` is a dict of distance, elevation (degrees by which the
-# source camera looks down), focal / side of the picture, background; and, for the page, near and
-# differ: the side in degrees from which its thumbnails are seen.
+# source camera looks down), focal / width of the picture, aspect: its width / height if its pixels
+# were square, background, and perhaps sway; and, for the page, near and differ: the side in degrees
+# from which its thumbnails are seen.
 
 def estimate_elevation(g, distance):
     """Degrees from 0 to 60 for B samples g of one object in the source camera's frame (ours). What
@@ -150,22 +156,30 @@ def orbit(angle, look):
     return torch.tensor([[[*R_t, [0, 0, 0, 1]]]])
 
 
-def upright(g, look, size):
+def azimuth(i, look):
+    """Degrees around the middle in frame i of a turn, or of a sway to both sides."""
+    turn = 360 * i / FRAMES
+    return look["sway"] * math.sin(math.radians(turn)) if "sway" in look else turn
+
+
+def upright(g, look, width):
     """From the source camera's frame to the upright one. In training the renderer widens each
     splat by LOW_PASS px^2; from nearer, or in more pixels, gaps would open between them. So they
     get that width here, in world units."""
-    pixel = look["distance"] / (look["focal"] * size)                         # at the object
+    depth = g.xyz[..., 2:] if "sway" in look else look["distance"]            # all of an object's
+    pixel = depth / (look["focal"] * width)
     g = g._replace(scale=(g.scale ** 2 + LOW_PASS * pixel ** 2).sqrt())       # (B, N, 3)
     pose = invert_pose(orbit(0, look))[0].to(g.xyz.device)                    # (1, 4, 4)
     return transform(g, pose.expand(len(g.xyz), -1, -1))
 
 
 def photograph(g, i, look):
-    """B objects in frame i of a turn -> (B, P, P, 3) uint8, P = SIDE."""
+    """B objects in frame i of a turn -> (B, h, w, 3) uint8, w = SIDE."""
+    h = round(SIDE / look["aspect"])
     f = look["focal"] * SIDE
-    K = g.xyz.new_tensor([[[f, f, SIDE / 2, SIDE / 2]]])                      # (1, 1, 4) pixels
-    cam = Camera(orbit(2 * math.pi * i / FRAMES, look).to(K), K, (SIDE, SIDE))
-    x = renderings(g, cam, K.new_tensor(look["background"]))                  # (B, 1, 3, P, P)
+    K = g.xyz.new_tensor([[[f, f, SIDE / 2, h / 2]]])                         # (1, 1, 4) pixels
+    cam = Camera(orbit(math.radians(azimuth(i, look)), look).to(K), K, (h, SIDE))
+    x = renderings(g, cam, K.new_tensor(look["background"]))                  # (B, 1, 3, h, w)
     return to_pixels(x[:, 0])
 
 
@@ -189,19 +203,34 @@ def ssim(x_hat, x):
     return value.flatten(1).mean(1)
 
 
+def own_views(views, o):
+    """Indices (V,) of test object o: its source view, or the first if there is none, then all
+    others. Of a clip: the middle frame if no source is listed, then those within the window."""
+    first, end = views.start[o:o + 2].tolist()
+    usual = views.meta.get("source", (end - first) // 2)
+    source, *_ = views.meta.get("listed", {}).get(views.names[o], [usual])
+    source = first + (source if source < end - first else 0)
+    window = views.meta.get("window", end)
+    return torch.tensor([source, *(i for i in range(first, end) if 0 < abs(i - source) <= window)])
+
+
 def test_views(views, o, n=0):
-    """Indices of test object o: its source view, or the first if there is none, then n evenly
-    spaced targets, or all for n = 0."""
-    index = list(range(*views.start[o:o + 2].tolist()))
-    source = views.meta["source"]
-    source = index.pop(source if source < len(index) else 0)
+    """Indices of test object o: its source view, then n evenly spaced targets, or all for n = 0. Of
+    a clip, whatever n is: those listed, or 5 and 10 frames later and a random one."""
+    source, *index = own_views(views, o).tolist()
+    if "window" in views.meta:
+        first, end = views.start[o:o + 2].tolist()
+        random = np.random.default_rng(o).choice(index or [source])
+        ours = np.array([source, source + 5, source + 10, random]) - first
+        listed = views.meta.get("listed", {}).get(views.names[o], ours)
+        return torch.tensor(listed).clamp(max=end - first - 1) + first        # (4,)
     n = min(n, len(index)) or len(index)
     return torch.tensor([source, *(index[i * len(index) // n] for i in range(n))])    # (1 + n,)
 
 
 def opposite_views(views, o):
-    """[source view of test object o, the view that looks the other way]: indices."""
-    index = test_views(views, o)                                              # (V,)
+    """[source view of test object o, the view whose direction differs most]: indices."""
+    index = own_views(views, o)                                               # (V,)
     axes = views.c2w[index, :3, 2].cpu()                                      # (V, 3)
     return index[[0, int((axes @ axes[0]).argmin())]]                         # (2,)
 
@@ -209,7 +238,7 @@ def opposite_views(views, o):
 def told_views(views, o, n):
     """The source view of test object o and n random others: indices (1 + n,). Evenly spaced ones
     may all be from one side, as SRN's test cameras wind around the object."""
-    index = test_views(views, o)                                              # (V,)
+    index = own_views(views, o)                                               # (V,)
     order = torch.randperm(len(index) - 1, generator=torch.Generator().manual_seed(o))
     return torch.cat([index[:1], index[1:][order[:n]]])
 
@@ -232,7 +261,7 @@ def predictor(network, views, cfg, given=None, n=1):
         if isinstance(network, Teacher):
             return network.gaussians(network(x, cam, background), K)
         seeds = [10**6 * (cfg.seed + 1) + 10**3 * o + k for k in range(n)]
-        eps = torch.stack([torch.randn(S, cfg.size, cfg.size, generator=torch.Generator()
+        eps = torch.stack([torch.randn(S, *network.cfg.hw, generator=torch.Generator()
                                        .manual_seed(seed)) for seed in seeds]).to(cfg.device)
         guide = guidance(network, x, cam, background)
         s = network.sample(x[:, 0].expand(n, -1, -1, -1), eps, cfg.steps, guide)
@@ -240,10 +269,11 @@ def predictor(network, views, cfg, given=None, n=1):
     return predict
 
 
-def hidden(depth, alpha, cam):
+def hidden(depth, alpha, cam, frame=False):
     """Pixels that show what the first view does not: depth and alpha (V, 1, H, W) of renderings
     from cam (B = 1) -> (V, H, W) bool. A pixel's point is moved into the first camera, and is
-    hidden there if it lies 0.05 world units or more behind what that camera sees. H = W."""
+    hidden there if it lies 0.05 world units or more behind what that camera sees; with `frame`,
+    for clips, also if it lies outside its picture."""
     V, _, H, W = depth.shape
     n = torch.arange(H * W, device=depth.device)                              # (HW,)
     f, c = cam.K[0, :, :4, None].split(2, 1)                                  # (V, 2, 1)
@@ -251,9 +281,19 @@ def hidden(depth, alpha, cam):
     xyz = torch.cat([(torch.stack([n % W, n // W]) + 0.5 - c) / f * z, z], 1)     # (V, 3, HW)
     R, t = invert_pose(cam.w2c[0])[:, :3].split([3, 1], 2)                    # to the first camera
     xyz = R @ xyz + t                                                         # (V, 3, HW)
-    x, y = (xyz[:, :2] / xyz[:, 2:] * f[0] + c[0]).long().clamp(0, W - 1).unbind(1)   # (V, HW)
-    behind = xyz[:, 2] > z[0, 0, y * W + x] + 0.05                            # (V, HW)
-    return (behind & (alpha.flatten(1) > 0.5)).view(V, H, W)
+    xy = xyz[:, :2] / xyz[:, 2:] * f[0] + c[0]                                # (V, 2, HW)
+    size = n.new_tensor([[W], [H]])                                           # (2, 1)
+    x, y = xy.long().clamp(min=0).minimum(size - 1).unbind(1)                 # (V, HW)
+    away = xyz[:, 2] > z[0, 0, y * W + x] + 0.05                              # (V, HW)
+    if frame:
+        away |= ((xy < 0) | (xy >= size)).any(1) | (xyz[:, 2] < 0)
+    return (away & (alpha.flatten(1) > 0.5)).view(V, H, W)
+
+
+def cropped(x, share):
+    """(.., H, W) without this share of H, and of W, at each border."""
+    y, z = (math.ceil(share * n) for n in x.shape[-2:])
+    return x[..., y:x.shape[-2] - y, z:x.shape[-1] - z]
 
 
 @torch.no_grad()
@@ -262,31 +302,37 @@ def evaluate(predict, views, cfg, n_views, objects, title="", lpips=None):
 
     one, mean, best: PSNR in the n_views novel views of one sample (the average over samples), of
     the samples' mean image, and of the best sample. std: the standard deviation between samples in
-    pixels that the source view hides. Of procedural cars also `cars.door_scores`."""
+    pixels that the source view hides. Of clips all is scored as in Flash3D, without a border of
+    5 %, and the three targets also one by one. Of procedural data also `cars.door_scores`."""
+    border, names = (0.05, ("5", "10", "random")) if "window" in views.meta else (0, ())
     scores = []
     for o in tqdm(objects, title, leave=False, disable=not title):
         index = test_views(views, o, n_views)                                 # (V,)
         x, cam, background = scene(views, index, cfg)                         # (1, V, 3, H, W)
         g = predict(o)                                                        # (n, N, ..)
         drawn = [render(one(g, k), cam, background) for k in range(len(g.xyz))]
-        x_hat = torch.cat([rgb for rgb, _, _ in drawn])                       # (n, V, 3, H, W)
+        x_hat = cropped(torch.cat([rgb for rgb, _, _ in drawn]), border)      # (n, V, 3, H, W)
+        x = cropped(x, border)                                                # (1, V, 3, H, W)
         shown = x[0].flatten(1).amax(1) > 0   # (V,) CO3D: a picture without a mask is all black
         shown[0] = False                                                      # the source
         novel = x_hat[:, shown]                                               # (n, V', 3, H, W)
         truth = x[0, shown]                                                   # (V', 3, H, W)
         each = psnr(novel, truth).mean(1)                                     # (n,)
-        r = dict(one=each.mean(), ssim=ssim(novel[0], truth).mean(),
+        r = dict(zip(names, psnr(x_hat[:, 1:], x[:, 1:]).mean(0)))
+        r |= dict(one=each.mean(), ssim=ssim(novel[0], truth).mean(),
                  source=psnr(x_hat[:, 0], x[:, 0]).mean())
         if lpips:
             r["lpips"] = lpips(2 * novel[0] - 1, 2 * truth - 1).mean()
         if len(g.xyz) > 1:
             _, alpha, depth = drawn[0]                                        # (1, V, 1, H, W)
             r |= dict(mean=psnr(novel.mean(0), truth).mean(), best=each.max())
-            where = hidden(depth[0], alpha[0], cam)[shown]                    # (V', H, W)
+            where = hidden(depth[0], alpha[0], cam, border > 0)[shown]        # (V', H, W)
+            where = cropped(where, border)
             if where.any():
                 r["std"] = novel.std(0).mean(1)[where].mean()
         if views.meta["procedural"]:
-            v, *pair = cars.hidden_pair(views, o, data.resize)                  # (3, H, W) each
+            toy = data.TOYS[views.meta["dataset"]]
+            v, *pair = toy.hidden_pair(views, o, data.resize)                 # (3, H, W) each
             x, cam, _ = scene(views, torch.tensor([index[0], v]), cfg)        # (1, 2, 3, H, W)
             x_hat = renderings(g, cam.views([1]), background)                 # (n, 1, 3, H, W)
             r |= cars.door_scores(x_hat[:, 0], x[0, 1], *(p.to(x) for p in pair))
@@ -326,11 +372,13 @@ def score_table(cfg, train_views, views, about):
         write_atomically(out / "scores" / f"{cfg.split}_{stem}.jsonl",
                          lambda file: file.write(text.encode()))
     kind = "procedural" if views.meta["procedural"] else "real"
+    h, w = views.meta["hw"]
+    targets = (f"view {views.meta['source']} in, {cfg.eval_views or 'all'} others out"
+               if "source" in views.meta else "middle frame in, 3 others out")
     record = json.dumps(dict(table=rows, kind=kind, **about), indent=1)
     write_atomically(out / "results.json", lambda file: file.write(record.encode()))
-    return (f"{views.meta['dataset']} ({kind}), {cfg.size}x{cfg.size}, {len(views)} {cfg.split} "
-            f"objects, view {views.meta['source']} in, {cfg.eval_views or 'all'} others out, "
-            f"{cfg.samples} samples, seed {cfg.seed}\n{format_rows(rows)}")
+    return (f"{views.meta['dataset']} ({kind}), {h}x{w}, {len(views)} {cfg.split} "
+            f"objects, {targets}, {cfg.samples} samples, seed {cfg.seed}\n{format_rows(rows)}")
 
 
 def format_rows(rows):
@@ -485,26 +533,34 @@ def frame(path, image, background):
     return image.crop((x, y, x + side, y + side))
 
 
-def prepare(path, size, background, posed=False):
-    """A file -> (size, size, 3) uint8 as in training. posed: its camera is given, so it is neither
-    cropped nor shifted."""
+def prepare(path, size, background, posed=False, aspect=1):
+    """A file -> (size, size aspect, 3) uint8 as in training. posed: its camera is given, so it is
+    neither cropped nor shifted. Whatever is not square is cropped around its centre."""
     image = data.read_rgba(path)
     if (path.parent.parent / "intrinsics.txt").exists():   # SRN's pictures are composited already,
         image.putalpha(255)                                # and their alpha is only the mask
     image.thumbnail((16 * size, 16 * size))
-    if not posed:
+    if aspect != 1:
+        w = min(image.width, round(image.height * aspect))
+        h = min(image.height, round(image.width / aspect))
+        left = (image.width - w) // 2
+        top = (image.height - h) // 2
+        image = image.crop((left, top, left + w, top + h))
+    elif not posed:
         image = frame(path, image, background)
     elif image.width != image.height:
         fail(f"{path}: not square; with --view all pictures must be")
-    return data.resize(data.on_background(image, background), size)
+    return data.resize(data.on_background(image, background), (size, round(size * aspect)))
 
 
-def read_views(path, size, meta, a):
+def read_views(path, cfg, meta, a):
     """The source view, then those that guide -> images (1, V, 3, H, W), cameras relative to the
     first, background."""
+    size = cfg.size
+    meta = dict(meta, aspect=cfg.aspect)                                      # for `read_object`
     if path.is_dir():
         split = next((split for split in data.SPLITS if data.layout(path, split)), "test")
-        pixels, c2w, K = data.read_object(path, split, size, meta)            # (V, size, size, 3)
+        pixels, c2w, K = data.read_object(path, split, size, meta)            # (V, H, W, 3)
         if K.shape[1] < len(meta["K"]):
             c2w, K = data.centred(c2w, K, path, size)
         if K.shape[1] > len(meta["K"]):
@@ -515,15 +571,14 @@ def read_views(path, size, meta, a):
     elif a.views:
         fail(f"{path}: --views needs the folder of an object")
     else:
-        pixels = np.stack([prepare(file, size, meta["background"], bool(a.view))
-                           for file in [path, *a.view]])
+        pixels = np.stack([prepare(file, size, meta["background"], bool(a.view), cfg.aspect)
+                           for file in [path, *a.view]])                      # (V, H, W, 3)
         poses = [data.rigid(data.numbers(file), file) for file in a.pose]
         c2w = np.stack([np.eye(4), *poses])                                   # (V, 4, 4)
         K = np.tile(meta["K"], (len(c2w), 1))                                 # (V, 4 or 5)
         index = range(len(c2w))
-    images = torch.from_numpy(pixels).movedim(-1, 1)                          # (V, 3, size, size)
-    views = data.Views(images, torch.from_numpy(c2w), torch.from_numpy(K).float(), None, None,
-                       dict(meta, size=size))
+    images = torch.from_numpy(pixels).movedim(-1, 1)                          # (V, 3, H, W)
+    views = data.Views(images, torch.from_numpy(c2w), torch.from_numpy(K).float(), None, None, meta)
     return scene(views, torch.tensor(index), a)
 
 

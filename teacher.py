@@ -81,7 +81,7 @@ class Teacher(nn.Module):
 
     def gaussians(self, raw, K):
         """Raw splats -> Gaussians in the frame of the camera K (B, 4)."""
-        return splats_to_gaussians(raw, K, self.cfg.near, self.cfg.far)
+        return splats_to_gaussians(raw, K, self.cfg)
 
 
 def can_be_told(teacher, code):
@@ -110,16 +110,20 @@ def splat_statistics(batches):
 
 # ==== The lesson ends here. Below: given teachers, Splatter Image's weights. ======================
 
-def given_teacher(path, size, code, near, far):
-    """A teacher.pt of train.py, or a checkpoint of Splatter Image -> Teacher, of this size and any
-    other shape. If `code` is not 0, it can be told a code of so many numbers."""
+def given_teacher(path, want):
+    """A teacher.pt of train.py, or a checkpoint of Splatter Image -> Teacher. Its splat images are
+    those of the ModelConfig `want`, its layers may differ. If want.code is not 0, it can be told a
+    code of so many numbers."""
     if "network" in load_checkpoint(path):
         given, _ = load_network(path, Teacher)
     else:
-        given = load_splatter_image(path, near, far)
-    if given.cfg.size != size or (code and given.cfg.code not in (0, code)):
-        fail(f"{path}: a {given.cfg}, but these flags need size={size}, code={code}")
-    given.cfg = replace(given.cfg, near=near, far=far)       # of the data that it is used on
+        given = load_splatter_image(path, want.near, want.far)
+    need = {k: getattr(want, k) for k in ("size", "aspect", "pad", "log_depth")}
+    code = want.code
+    if replace(given.cfg, **need) != given.cfg or (code and given.cfg.code not in (0, code)):
+        said = ", ".join(f"{k}={x}" for k, x in dict(need, code=code).items())
+        fail(f"{path}: a {given.cfg}, but these flags need {said}")
+    given.cfg = replace(given.cfg, near=want.near, far=want.far)   # of the data that it is used on
     return can_be_told(given, code) if code and not given.encoder else given
 
 

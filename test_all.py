@@ -713,7 +713,8 @@ def test_a_known_point_lands_on_its_pixel_in_every_layout(write, dataset, folder
         depth = np.array([1.3, 1.5, 1.7, 1.9, 2.1]) * scale.item()
         np.testing.assert_allclose(views.K[:, 4], depth, rtol=1e-5)
         raw = torch.zeros(5, 24, 64, 64)
-        g = splats_to_gaussians(raw, views.K, views.meta["near"], views.meta["far"])
+        cfg = ModelConfig(near=views.meta["near"], far=views.meta["far"])
+        g = splats_to_gaussians(raw, views.K, cfg)
         np.testing.assert_allclose(g.xyz[:, 0, 2], depth, rtol=1e-5)
 
 
@@ -1521,6 +1522,39 @@ def released(unet, path):
     return state
 
 
+@pytest.mark.parametrize("log_depth", [False, True])
+def test_splats_of_any_shape_lie_on_their_pixels_and_between_near_and_far(log_depth):
+    """Against pixels by hand, with fx != fy, the axis off centre, and a margin; the depths of 0."""
+    cfg = ModelConfig(6, aspect=1.5, pad=2, near=0.5, far=50., log_depth=log_depth)
+    assert cfg.hw == (10, 13)
+    raw, K = torch.zeros(1, S, 10, 13), torch.tensor([[7., 5., 4., 3.5]])
+    raw[:, 0] = 40 * (torch.arange(13) - 6).sign()
+    x, y, z = splats_to_gaussians(raw, K, cfg).xyz[0].view(10, 13, 3).unbind(-1)
+    column, row = torch.meshgrid(torch.arange(13), torch.arange(10), indexing="xy")
+    assert torch.allclose(7 * x / z + 4, column - 2 + 0.5, atol=1e-5)
+    assert torch.allclose(5 * y / z + 3.5, row - 2 + 0.5, atol=1e-5)
+    assert torch.allclose(z[0, [0, 6, 12]], torch.tensor([0.5, 5. if log_depth else 25.25, 50.]))
+
+
+@told_or_not
+def test_networks_take_pictures_of_any_shape_and_add_a_margin(shape):
+    """Against sizes by hand: splats of 20 x 28 pixels of pictures of 16 x 24, whose border they see
+    repeated; a warm start; square networks keep the names that released weights have."""
+    cfg = data.replace(shape, aspect=1.5, pad=2)
+    teacher, denoiser = Teacher(cfg), Denoiser(cfg)
+    assert [*teacher.unet.enc] == ["20x28_conv", "20x28_block0", "10x14_down", "10x14_block0"]
+    assert teacher.unet.enc["10x14_block0"].attention
+    assert [*Teacher(shape).unet.enc][::2] == ["16x16_conv", "8x8_down"]
+    denoiser.warm_start(teacher.unet)
+    x, eps = torch.rand(2, 3, 16, 24), torch.randn(2, S, 20, 28)
+    s = denoiser(eps, torch.tensor([3, 99]), x)
+    assert s.shape == eps.shape and denoiser.gaussians(s, pinhole(16)).xyz.shape == (2, 560, 3)
+    larger = Teacher(data.replace(cfg, size=20, aspect=1.4, pad=0, attn=10))
+    larger.load_state_dict(teacher.state_dict())
+    wide = torch.nn.functional.pad(x, (2, 2, 2, 2), "replicate")
+    assert torch.equal(canonical(teacher(x[:, None])), canonical(larger(wide[:, None])))
+
+
 def test_the_network_is_splatter_images():
     """Against numbers recorded when this code reproduced the official code's. Weights and image are
     made by formula; any parameter reversed, or left out, moves the splats by at least 0.03."""
@@ -1667,10 +1701,33 @@ def test_half_of_a_batch_is_told_and_the_views_that_tell_are_not_judged():
     code = teacher.code(x, cam, white) + 0.1 * eps[:, 0, 0, :4]
     raw = torch.cat([teacher(x[:2, :1]), teacher.unet(x[2:, 0], code=code[2:])[0]])
     two = Camera(cam.w2c[:, :2], cam.K[:, :2], cam.hw)
-    want = train.image_loss(render(teacher.gaussians(raw, cam.K[:, 0]), two, white)[0], x[:, :2])
-    torch.testing.assert_close(losses["loss"], want.mean())
+    g = teacher.gaussians(raw, cam.K[:, 0])
+    want = train.image_loss(render(g, two, white)[0], x[:, :2])               # (4,)
+    wild = 0.001 * train.beyond(g.scale, 2) + 0.01 * train.beyond(raw[:, 1:4].square(), 1)
+    torch.testing.assert_close(losses["loss"], want.mean() + wild)
     torch.testing.assert_close(losses["loss_told"], want[2:].mean())
     torch.testing.assert_close(losses["loss_not_told"], want[:2].mean())
+
+
+def test_only_splats_that_are_too_large_or_too_far_out_are_held_back():
+    """Against the means by hand; without such splats exactly 0, in the loss and in gradients."""
+    x = torch.tensor([0.5, 2., 3., 5.], requires_grad=True)
+    assert train.beyond(x, 2) == 4 and train.beyond(x, 5) == 0
+    d, = torch.autograd.grad(train.beyond(x, 2), x, retain_graph=True)
+    assert d.tolist() == [0, 0, 0.5, 0.5]
+    assert not torch.autograd.grad(train.beyond(x, 5), x)[0].any()
+    torch.manual_seed(0)
+    x, cam, white = scene_batch()
+    teacher, cfg = Teacher(TINY), train.Config(code=0, views=2)
+    lose = lambda: train.stage_0(teacher, x, cam, white, None, random_splats(), cfg)["loss"].item()
+    def seen():
+        x_hat, _, _ = render(teacher.gaussians(teacher(x), cam.K[:, 0]), cam, white)
+        return train.image_loss(x_hat[:, :2], x).mean().item()
+    assert lose() == seen()
+    with torch.no_grad():
+        teacher.unet.out.weight[1:8] = 0
+        teacher.unet.out.bias[1:8] = torch.tensor([3., 0, 0.5, -9, 0, 0, math.log(4)])
+    assert lose() == pytest.approx(seen() + 0.01 * 9 + 0.001 * 4, rel=1e-5)
 
 
 def test_stage_2_starts_above_t_star_and_where_the_code_is_known(cars):
@@ -1730,7 +1787,7 @@ def test_flags_out_of_range_get_one_line_that_names_them(flag):
     lambda c: dict(c, config=dict(c["config"], mult=3)),
     lambda c: dict(c, state=torch.ones(1)), lambda c: torch.ones(1)])
 @pytest.mark.parametrize("read", [lambda path: load_network(path, Teacher),
-                                  lambda path: given_teacher(path, 16, 0, 0.8, 1.8)])
+                                  lambda path: given_teacher(path, TINY)])
 def test_odd_checkpoints_get_one_line_that_names_the_file(tmp_path, change, read):
     """Against a file of save_network, changed in one thing."""
     path = tmp_path / "teacher.pt"
@@ -1969,6 +2026,112 @@ def test_samples_drawn_together_are_those_drawn_one_by_one(cars):
             gen = torch.Generator().manual_seed(10**6 + 10**3 * o + k)
             s = denoiser.sample(x[:, 0], torch.randn(1, S, 16, 16, generator=gen), 3)
             assert_same(sample.one(g, k), denoiser.gaussians(s, cam.K[:, 0]), 1e-5)
+
+
+# ---- clips: views beside each other, as of rooms -------------------------------------------------
+
+CLIPS = dict(near=0.5, far=8., background=(0.5, 0.5, 0.5), aspect=1.5, window=12, log_depth=True,
+             pad=1 / 8)
+
+
+def clips(split, lengths=(30, 30)):
+    """Views of clips, 16 x 24 pixels of anything, by a camera that walks and turns; fx != fy."""
+    M = sum(lengths)
+    rng = torch.Generator().manual_seed(len(split))
+    coarse = torch.randint(256, (M, 3, 4, 6), dtype=torch.uint8, generator=rng)
+    images = coarse.repeat_interleave(4, 2).repeat_interleave(4, 3)           # (M, 3, 16, 24)
+    k = torch.cat([torch.arange(n) for n in lengths])                         # (M,)
+    c2w = torch.eye(4).repeat(M, 1, 1)                                        # (M, 4, 4)
+    c2w[:, 0, 0] = c2w[:, 2, 2] = (0.02 * k).cos()
+    c2w[:, 0, 2] = (0.02 * k).sin()
+    c2w[:, 2, 0] = -c2w[:, 0, 2]
+    c2w[:, 2, 3] = 0.05 * k
+    start = torch.tensor([0, *lengths]).cumsum(0)
+    return data.Views(images, c2w, torch.tensor([[18., 20., 12., 8.]]).expand(M, 4), start,
+                      [f"clip_{o}" for o in range(len(lengths))], dict(
+                          CLIPS, dataset="clips", split=split, size=16, hw=(16, 24), root="",
+                          procedural=False, fingerprint="0"))
+
+
+def test_targets_of_a_clip_lie_in_its_window_and_are_scored_one_by_one_without_the_border():
+    """Against frames and scores by hand; a clip that is too short repeats its frames."""
+    views, cfg = clips("test", (30, 8, 1)), train.Config(size=16, device="cpu")
+    source, five, ten, random = sample.test_views(views, 0, 7).tolist()
+    assert (source, five, ten) == (15, 20, 25) and 3 <= random <= 27 and random != 15
+    assert sample.test_views(views, 1).tolist()[:3] == [34, 37, 37]
+    for pick in sample.test_views, sample.opposite_views, lambda *a: sample.told_views(*a, 3):
+        assert set(pick(views, 2).tolist()) == {38}
+    assert sample.opposite_views(views, 0).tolist() == [15, 3]       # of equal angles the first
+    told = sample.told_views(views, 0, 9)
+    assert told[0] == 15 and len(set(told.tolist())) == 10 and abs(told - 15).max() <= 12
+    views.meta["listed"] = {"clip_1": (2, 6, 9, 0)}
+    assert sample.test_views(views, 1).tolist() == [32, 36, 37, 30]
+    assert sample.told_views(views, 1, 9)[0] == 32
+    torch.manual_seed(0)
+    teacher = Teacher(train.shape_of(train.Config(size=16, width=8, mult=(1, 2), code=0), CLIPS))
+    predict = sample.predictor(teacher, views, cfg)
+    r, = sample.evaluate(predict, views, cfg, 0, [0])
+    x, cam, grey = sample.scene(views, sample.test_views(views, 0), cfg)
+    with torch.no_grad():
+        each = sample.psnr(*(y[:, :, :, 1:15, 2:22] for y in (render(predict(0), cam, grey)[0], x)))
+    want = dict(zip(("source", "5", "10", "random"), each[0]), one=each[0, 1:].mean())
+    assert all(r[k] == pytest.approx(v.item(), rel=1e-5) for k, v in want.items())
+
+
+def test_what_the_frame_leaves_out_is_hidden_in_clips():
+    """Against a plane at depth 2 seen by a camera to the right: its right half is new."""
+    w2c, K = torch.eye(4).repeat(1, 2, 1, 1), torch.tensor([16., 20., 12., 8.]).expand(1, 2, 4)
+    w2c[0, 1, 0, 3] = -1.5                                                    # 12 pixels
+    depth, cam = torch.full((2, 1, 16, 24), 2.), Camera(w2c, K, (16, 24))
+    assert not sample.hidden(depth, torch.ones_like(depth), cam).any()
+    new = sample.hidden(depth, torch.ones_like(depth), cam, True)
+    assert not new[0].any() and not new[1, :, :12].any() and new[1, :, 12:].all()
+
+
+def test_clips_train_in_three_stages_go_on_bitwise_are_scored_and_sampled(monkeypatch, tmp_path,
+                                                                          capsys):
+    """Against an uninterrupted run, the columns and rows promised, shapes of pictures by hand."""
+    monkeypatch.setitem(data.DATASETS, "clips", CLIPS)
+    monkeypatch.setattr(data, "prepare", lambda *args, splits: {s: clips(s) for s in splits})
+    def run(name, *more):
+        monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, "--dataset=clips", "--told=3",
+                                          "--w_cyc=0.1", f"--out={tmp_path}/{name}", *more])
+        try:
+            train.main()
+        except SystemExit as stop:
+            return str(stop)
+        return capsys.readouterr().out
+    said = run("a")
+    for _ in range(2):
+        assert "same command continues" in run("b", "--max_steps=5")
+    run("b")
+    for name in ("teacher.pt", "stage_1.pt", "stage_2.pt"):
+        a, b = (load_checkpoint(tmp_path / x / name)["state"] for x in "ab")
+        assert all(torch.equal(a[k], b[k]) for k in a), name
+    assert "16x24, 2 test objects, middle frame in" in said
+    rows = json.loads((tmp_path / "a/results.json").read_text())["table"]
+    assert len(rows) == 6
+    for r in rows.values():
+        assert {"5", "10", "random", "one", "ssim", "source"} <= set(r)
+        assert r["one"] == pytest.approx((r["5"] + r["10"] + r["random"]) / 3, abs=1e-4)
+    assert Image.open(tmp_path / "a/preview.png").size == (8 * 24 * (2 + 1 + 2), 8 * 16 * 2)
+    monkeypatch.setattr(sys, "argv", ["controls.py", f"{tmp_path}/a"])
+    controls.main()
+    assert "codes of others" in (said := capsys.readouterr().out) and "random" in said
+
+    image, out = pictures(tmp_path)[2], tmp_path / "sampled"                  # 60 x 40
+    Image.open(image).crop((0, 0, 60, 20)).save(tmp_path / "wide.png")
+    for path in image, tmp_path / "wide.png":
+        assert not make(monkeypatch, tmp_path / "a/stage_2.pt", path, f"--out={out}")
+    assert sorted(path.name for path in out.iterdir()) == [
+        "film.webp", "sample.png", "sample_0.ply", "sample_1.ply", "viewer.html"]
+    assert Image.open(out / "film.webp").size == (2 * 16, 10)        # fx : fy is 18 : 20
+    assert Image.open(out / "sample.png").size == (4 * 16, 2 * 10)   # input, middle, right, left
+    assert read_ply(out / "sample_0.ply")["x"].shape == (20 * 28,)
+    assert "look down" not in capsys.readouterr().out
+    middle = np.asarray(Image.open(tmp_path / "wide.png"))[:, 15:45]
+    assert (sample.prepare(tmp_path / "wide.png", 20, (1, 1, 1), aspect=1.5) == middle).all()
+    assert "20 x 28 pixels" in run("c", "--mult=(1,1,1,1)")
 
 
 # ---- the scripts ---------------------------------------------------------------------------------
@@ -2262,7 +2425,8 @@ def test_the_samples_of_the_shipped_weights_show_both_doors(monkeypatch):
     pixels = sample.prepare(HERE / "assets" / "car.png", 64, (1., 1., 1.))
     x_src = torch.from_numpy(pixels).movedim(-1, 0)[None].expand(8, -1, -1, -1) / 255
     eps = torch.randn(8, S, 64, 64, generator=torch.Generator().manual_seed(0))
-    look = dict(distance=1.3, elevation=25., focal=K[0, 0].item() / 64, background=[1., 1., 1.])
+    look = dict(distance=1.3, elevation=25., focal=K[0, 0].item() / 64, background=[1., 1., 1.],
+                aspect=1.)
     with torch.no_grad():
         g = denoiser.gaussians(denoiser.sample(x_src, eps), K.expand(8, -1))
     monkeypatch.setattr(sample, "SIDE", 64)
@@ -2505,7 +2669,7 @@ def test_the_viewer_gets_every_state_from_noise_to_the_result(tiny, tmp_path, mo
     assert not make(monkeypatch, tiny, image, "--out", tmp_path / "out")
     (title, picture, objects, look), = got
     assert title == "rgba.png" and picture[:4] == b"\x89PNG"
-    assert set(look) == {"distance", "elevation", "focal", "background", "near", "differ"}
+    assert set(look) == {"distance", "elevation", "focal", "aspect", "background", "near", "differ"}
     assert {k: len(v) for k, v in objects.items()} == {"sample 0": 4, "sample 1": 4, "teacher": 1}
     assert all(g.xyz.shape == (1, 256, 3) for states in objects.values() for g in states)
     written = read_ply(tmp_path / "out" / "sample_1.ply")
@@ -2673,7 +2837,7 @@ def test_bad_input_is_one_clear_line(trained, cars, tmp_path, monkeypatch):
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
                None)
 LOOK = dict(distance=1.3, elevation=20., focal=1.0, background=[1., 1., 0.9], near=NEAR,
-            differ=150.)
+            differ=150., aspect=1.)
 
 
 def browse(page, address, *flags):

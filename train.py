@@ -57,7 +57,7 @@ class Config:
     n_test: int = 20
     data_seed: int = 0           # of the procedural cars
     # network of teacher and student (the paper's student is smaller)
-    size: int = 32               # pixels
+    size: int = 32               # pixels, height of the pictures; data.DATASETS has their aspect
     width: int = 16              # channels of the first level; see ModelConfig for these four
     mult: tuple = (1, 2, 4)
     blocks: int = 1
@@ -142,6 +142,12 @@ def cycle_loss(predict, x, x_hat, cam, background):
     return image_loss(x_src_hat, x).mean()
 
 
+def beyond(x, limit):
+    """The mean of the x above a limit. If none is, it is exactly 0, and so are its gradients."""
+    over = x > limit                                                          # as x, bool
+    return torch.where(over, x, 0).sum() / over.sum().clamp(min=1)
+
+
 def total(losses, w_3dgs, cfg):
     """The losses, and `loss`, their weighted sum."""
     weights = dict(loss_3dgs=w_3dgs, loss_image=1, loss_cyc=cfg.w_cyc, loss_code=cfg.w_code)
@@ -149,8 +155,9 @@ def total(losses, w_3dgs, cfg):
 
 
 def stage_0(teacher, x, cam, background, t, eps, cfg):
-    """The teacher: L = || x - R(T(x_src)) ||^2. Half of the batch is told nothing (the paper's
-    teacher), the other half is told what the further views show (ours)."""
+    """The teacher: L = || x - R(T(x_src)) ||^2, and Flash3D's regularisers, which hold back splats
+    that are larger than 2 or farther than 1 from their ray: of objects, none. Half of the batch is
+    told nothing (the paper's teacher), the other half what the further views show (ours)."""
     half = len(x) // 2
     code = None
     if teacher.encoder:
@@ -162,7 +169,10 @@ def stage_0(teacher, x, cam, background, t, eps, cfg):
     g = teacher.gaussians(raw, cam.K[:, 0])
     x_hat, _, _ = render(g, cam.views(slice(cfg.views)), background)          # (B, V, 3, H, W)
     each = image_loss(x_hat, x)                                               # (B,)
-    losses = dict(loss=each.mean())
+    # channels last, as is the gradient of raw: in another layout convolutions round otherwise
+    offset = raw.movedim(1, -1)[..., 1:4]                                     # (B, H, W, 3)
+    wild = 0.001 * beyond(g.scale, 2) + 0.01 * beyond(offset.square(), 1)     # ()
+    losses = dict(loss=each.mean() + wild)
     if teacher.encoder:
         losses |= dict(loss_not_told=each[:half].mean(), loss_told=each[half:].mean())
     return losses
@@ -232,7 +242,7 @@ def draw_batch(views, cfg, stage, step, mine=slice(RANK, None, WORLD)):
     t = torch.randint(first, last + 1, (B,), generator=gen)                   # (B,)
     if cfg.device.startswith("cuda"):                                         # the large one there
         gen = torch.Generator(cfg.device).manual_seed(seed)
-    eps = torch.randn(B, S, cfg.size, cfg.size, generator=gen, device=gen.device)
+    eps = torch.randn(B, S, *shape_of(cfg, views.meta).hw, generator=gen, device=gen.device)
     index = index[mine].to(views.images.device, non_blocking=True)            # (B / WORLD, V)
     x, cam = data.gather(views, index)
     batch = x, cam.w2c, cam.K, t[mine], eps[mine]
@@ -261,7 +271,7 @@ def make_step(cfg, stage, network, teacher, background):
                                  fused=True, capturable=cfg.device.startswith("cuda"))
 
     def step(x, w2c, K, t, eps, lr):
-        cam = Camera(w2c, K, (cfg.size, cfg.size))
+        cam = Camera(w2c, K, tuple(x.shape[-2:]))
         optimiser.zero_grad()
         losses = stage_loss(*networks, x, cam, background, t, eps, cfg)
         losses["loss"].backward()
@@ -277,13 +287,19 @@ def make_step(cfg, stage, network, teacher, background):
 
 # ---- one stage -----------------------------------------------------------------------------------
 
+def shape_of(cfg, row):
+    """The networks' shape, by the flags and by the row of data.DATASETS that Views.meta holds."""
+    return ModelConfig(cfg.size, cfg.width, cfg.mult, cfg.blocks, cfg.attn, row["near"], row["far"],
+                       cfg.code, row.get("aspect", 1.0), round(row.get("pad", 0) * cfg.size),
+                       row.get("log_depth", False))
+
+
 def make_networks(cfg, stage, views, background):
     """-> the network that learns in this stage, and the frozen teacher, None in stage 0."""
-    depths = views.meta["near"], views.meta["far"]
-    shape = ModelConfig(cfg.size, cfg.width, cfg.mult, cfg.blocks, cfg.attn, *depths, cfg.code)
+    shape = shape_of(cfg, views.meta)
     torch.manual_seed(cfg.seed)
     if stage == 0 and (cfg.teacher or cfg.init):
-        given = given_teacher(cfg.teacher or cfg.init, cfg.size, cfg.code, *depths)
+        given = given_teacher(cfg.teacher or cfg.init, shape)
         return given.requires_grad_() if cfg.init else given, None            # init: all learns
     teacher = None
     if stage > 0:
@@ -298,7 +314,7 @@ def make_networks(cfg, stage, views, background):
         # statistics of the splats that stage 1 will noise, over 32 batches
         draws = (draw_batch(views, cfg, 0, cfg.iters[0] + i, slice(None)) for i in range(32))
         network.stats.copy_(splat_statistics(
-            teacher(x if cfg.code else x[:, :1], Camera(w2c, K, (cfg.size, cfg.size)), background)
+            teacher(x if cfg.code else x[:, :1], Camera(w2c, K, views.meta["hw"]), background)
             for x, w2c, K, _, _ in draws))
         if cfg.warm_start and replace(teacher.cfg, code=cfg.code) == shape:
             network.warm_start(teacher.unet)
@@ -415,7 +431,8 @@ def about(cfg, views, **more):
     dataset = {k: views.meta[k] for k in ("dataset", "procedural", "fingerprint")}
     return dict(dataset=cfg.dataset, data=dataset, config=asdict(cfg), seed=cfg.seed,
                 steps=cfg.steps, K=views.K[0].tolist(), background=list(views.meta["background"]),
-                git=git or "unknown", device=device_name(cfg.device), **more)
+                git=git or "unknown", device=device_name(cfg.device),
+                window=views.meta.get("window"), **more)
 
 
 def save(cfg, views, **state):
@@ -478,11 +495,13 @@ def parse(argv):
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     cuda = device.startswith("cuda")
     sizes = GPU if cuda else {}
+    row = data.DATASETS.get(given.get("dataset", Config.dataset), data.OWN)
     if given.get("paper"):
-        row = data.DATASETS.get(given.get("dataset", Config.dataset), data.OWN)
         sizes = sizes | PAPER | dict(iters=(row["iters"], *PAPER["iters"]))
     cfg = Config(**sizes | given | dict(device=device))
     cfg.out = cfg.out or f"out/{Path(cfg.dataset).resolve().name}"
+    h, w = shape_of(cfg, row).hw
+    halvings = 2 ** (len(cfg.mult) - 1)
     for wrong, message in [
             (cfg.weighting not in WEIGHTINGS, f"--weighting: give one of {[*WEIGHTINGS]}"),
             ({len(cfg.iters), len(cfg.batch), len(cfg.lr)} != {3},
@@ -493,8 +512,9 @@ def parse(argv):
              "--batch: give multiples of the number of processes, and in stage 0 two or more for "
              "each, because half of a batch is told nothing"),
             (not cfg.t_star < cfg.t_known < T, f"give --t_star < --t_known < {T}"),
-            (cfg.width % 2 or cfg.size % 2 ** (len(cfg.mult) - 1),
-             "--width must be even, and --size on each level of --mult but the last"),
+            (cfg.width % 2 or h % halvings or w % halvings,
+             "--width must be even, and so must both sides of the splat image, by --size "
+             f"{h} x {w} pixels, on each level of --mult but the last"),
             ((cfg.graph or cfg.compile) and not cuda, "--graph and --compile need a GPU")]:
         if wrong:
             fail(message)

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import train
-from model import Denoiser, ModelConfig
+from model import Denoiser
 from rasterize import C0, NEAR, Camera, Captured, Gaussians, fail, invert_pose, render
 from teacher import Teacher
 
@@ -164,12 +164,14 @@ def ways_to_run(cfg, stage):
 
 
 def random_views(cfg):
-    """Four objects of random pixels."""
+    """Four objects of random pixels, shaped as those of --dataset."""
+    row = data.DATASETS.get(cfg.dataset, data.OWN)
+    hw = cfg.size, round(cfg.size * row.get("aspect", 1))
     n = max(cfg.views, 1 + cfg.told)                                          # views of each
-    images = torch.randint(256, (4 * n, 3, cfg.size, cfg.size), dtype=torch.uint8)
-    _, cam = benchmark_scene(4, n, 1, cfg.size)
+    images = torch.randint(256, (4 * n, 3, *hw), dtype=torch.uint8)
+    _, cam = benchmark_scene(4, n, 1, hw)
     return data.Views(images, invert_pose(cam.w2c).flatten(0, 1), cam.K.flatten(0, 1),
-                      torch.arange(5) * n, [""] * 4, dict(size=cfg.size)).to(cfg.device)
+                      torch.arange(5) * n, [""] * 4, dict(row, size=cfg.size, hw=hw)).to(cfg.device)
 
 
 def rendering_share(step, batch):
@@ -187,10 +189,11 @@ def steps(cfg, stages):
     """One table: a step of each stage, run in several ways, on random weights and images. With
     several GPUs, --batch and img/s are of all together, TFLOP/s and MiB of one."""
     cuda = cfg.device.startswith("cuda")
-    shape = ModelConfig(cfg.size, cfg.width, cfg.mult, cfg.blocks, cfg.attn, code=cfg.code)
     views = random_views(cfg)
+    shape = train.shape_of(cfg, views.meta)
+    h, w = views.meta["hw"]
     background = torch.ones(3, device=cfg.device)
-    print(f"{train.device_name(cfg.device)}; {cfg.size}x{cfg.size}, U-Net {cfg.width} x "
+    print(f"{train.device_name(cfg.device)}; {h}x{w}, U-Net {cfg.width} x "
           f"{cfg.mult}, {cfg.blocks} blocks, bf16={cfg.bf16}, {cfg.views} views, "
           f"{cfg.steps} steps; medians\n"
           f"{'':37}{'batch':>6}{'parameters':>12}{'ms/step':>10}{'speed-up':>10}{'img/s':>9}"
