@@ -223,7 +223,8 @@ class UNet(nn.Module):
 
     def forward(self, x, t=None, code=None, s_t=None):
         """-> raw splats (B, 24, H, W), and the code (B, code) that was given or read, or None."""
-        x = F.pad(x, (self.pad,) * 4, "replicate")                            # (B, 3, H, W)
+        if self.pad:
+            x = F.pad(x, (self.pad,) * 4, "replicate")                        # (B, 3, H, W)
         if s_t is not None:
             x = torch.cat([x, s_t], 1)                                        # (B, 27, H, W)
         with torch.autocast(x.device.type, torch.bfloat16, self.bf16, cache_enabled=False):

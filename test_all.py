@@ -2034,7 +2034,7 @@ CLIPS = dict(near=0.5, far=8., background=(0.5, 0.5, 0.5), aspect=1.5, window=12
              pad=1 / 8)
 
 
-def clips(split, lengths=(30, 30)):
+def made_up_clips(split, lengths=(30, 30)):
     """Views of clips, 16 x 24 pixels of anything, by a camera that walks and turns; fx != fy."""
     M = sum(lengths)
     rng = torch.Generator().manual_seed(len(split))
@@ -2055,7 +2055,7 @@ def clips(split, lengths=(30, 30)):
 
 def test_targets_of_a_clip_lie_in_its_window_and_are_scored_one_by_one_without_the_border():
     """Against frames and scores by hand; a clip that is too short repeats its frames."""
-    views, cfg = clips("test", (30, 8, 1)), train.Config(size=16, device="cpu")
+    views, cfg = made_up_clips("test", (30, 8, 1)), train.Config(size=16, device="cpu")
     source, five, ten, random = sample.test_views(views, 0, 7).tolist()
     assert (source, five, ten) == (15, 20, 25) and 3 <= random <= 27 and random != 15
     assert sample.test_views(views, 1).tolist()[:3] == [34, 37, 37]
@@ -2092,7 +2092,8 @@ def test_clips_train_in_three_stages_go_on_bitwise_are_scored_and_sampled(monkey
                                                                           capsys):
     """Against an uninterrupted run, the columns and rows promised, shapes of pictures by hand."""
     monkeypatch.setitem(data.DATASETS, "clips", CLIPS)
-    monkeypatch.setattr(data, "prepare", lambda *args, splits: {s: clips(s) for s in splits})
+    monkeypatch.setattr(data, "prepare",
+                        lambda *args, splits: {s: made_up_clips(s) for s in splits})
     def run(name, *more):
         monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, "--dataset=clips", "--told=3",
                                           "--w_cyc=0.1", f"--out={tmp_path}/{name}", *more])
