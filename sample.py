@@ -533,19 +533,21 @@ def frame(path, image, background):
     return image.crop((x, y, x + side, y + side))
 
 
-def prepare(path, size, background, posed=False, aspect=1):
+def prepare(path, size, background, posed=False, aspect=1, shape=1):
     """A file -> (size, size aspect, 3) uint8 as in training. posed: its camera is given, so it is
-    neither cropped nor shifted. Whatever is not square is cropped around its centre."""
+    neither cropped nor shifted. For clips, whose frames are stretched from `shape` (width / height)
+    to `aspect`, a picture that is no frame is cropped around its centre to that shape."""
     image = data.read_rgba(path)
     if (path.parent.parent / "intrinsics.txt").exists():   # SRN's pictures are composited already,
         image.putalpha(255)                                # and their alpha is only the mask
     image.thumbnail((16 * size, 16 * size))
     if aspect != 1:
-        w = min(image.width, round(image.height * aspect))
-        h = min(image.height, round(image.width / aspect))
-        left = (image.width - w) // 2
-        top = (image.height - h) // 2
-        image = image.crop((left, top, left + w, top + h))
+        if not data.clip_file(path.parent).exists():
+            w = min(image.width, round(image.height * shape))
+            h = min(image.height, round(image.width / shape))
+            left = (image.width - w) // 2
+            top = (image.height - h) // 2
+            image = image.crop((left, top, left + w, top + h))
     elif not posed:
         image = frame(path, image, background)
     elif image.width != image.height:
@@ -571,8 +573,9 @@ def read_views(path, cfg, meta, a):
     elif a.views:
         fail(f"{path}: --views needs the folder of an object")
     else:
-        pixels = np.stack([prepare(file, size, meta["background"], bool(a.view), cfg.aspect)
-                           for file in [path, *a.view]])                      # (V, H, W, 3)
+        fx, fy = meta["K"][:2]
+        pixels = np.stack([prepare(file, size, meta["background"], bool(a.view), cfg.aspect,
+                                   cfg.aspect * fy / fx) for file in [path, *a.view]])
         poses = [data.rigid(data.numbers(file), file) for file in a.pose]
         c2w = np.stack([np.eye(4), *poses])                                   # (V, 4, 4)
         K = np.tile(meta["K"], (len(c2w), 1))                                 # (V, 4 or 5)

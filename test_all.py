@@ -2130,8 +2130,10 @@ def test_clips_train_in_three_stages_go_on_bitwise_are_scored_and_sampled(monkey
     assert Image.open(out / "sample.png").size == (4 * 16, 2 * 10)   # input, middle, right, left
     assert read_ply(out / "sample_0.ply")["x"].shape == (20 * 28,)
     assert "look down" not in capsys.readouterr().out
-    middle = np.asarray(Image.open(tmp_path / "wide.png"))[:, 15:45]
-    assert (sample.prepare(tmp_path / "wide.png", 20, (1, 1, 1), aspect=1.5) == middle).all()
+    wide = np.asarray(Image.open(tmp_path / "wide.png"))                      # (20, 60, 3)
+    for shape, columns in (1.5, slice(15, 45)), (2, slice(10, 50)):           # the latter stretched
+        x = sample.prepare(tmp_path / "wide.png", 20, (1, 1, 1), aspect=1.5, shape=shape)
+        assert (x == data.resize(wide[:, columns], (20, 30))).all()
     assert "20 x 28 pixels" in run("c", "--mult=(1,1,1,1)")
 
 
