@@ -1205,7 +1205,8 @@ def test_a_script_that_forgets_the_main_guard_ends_with_what_to_do(tmp_path):
         f"data.prepare('cars', {str(tmp_path / 'data')!r}, 16, n_train=8, n_test=1)\n")
     run = subprocess.run([sys.executable, "careless.py"], cwd=tmp_path, capture_output=True,
                          text=True, timeout=120)
-    assert run.returncode == 1 and "if __name__ ==" in run.stderr.splitlines()[-1], run.stderr
+    errors = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
+    assert run.returncode == 1 and "if __name__ ==" in errors[-1], run.stderr
 
 
 # ---- toys/rooms.py -------------------------------------------------------------------------------
