@@ -213,8 +213,8 @@ def read_srn(path, background):
     with reading(path, "intrinsics, `f cx cy 0.` first and `height width` last"):
         f, cx, cy, *_, h, w = numbers(path).tolist()
         K = pinhole([f / w, f / h, cx / w, cy / h], path)                    # (4,)
-    stems = {file.stem for file in (*folder.glob("rgb/[!.]*.png"), *folder.glob("pose/[!.]*.txt"))}
-    for stem in sorted(stems):                                 # macOS adds ._*
+    files = *folder.glob("rgb/[!.]*.png"), *folder.glob("pose/[!.]*.txt")     # macOS adds ._*
+    for stem in sorted({file.stem for file in files if file.is_file()}):
         file = folder / f"rgb/{stem}.png"
         pose = folder / f"pose/{stem}.txt"
         image = read_rgba(file)
@@ -516,7 +516,7 @@ def files_of(path):
     if os.path.isdir(path):
         names = sorted(os.listdir(path))
         return [files_of(os.path.join(path, name)) for name in names if name[0] != "."]
-    info = os.stat(path)
+    info = os.stat(path, follow_symlinks=os.path.exists(path))     # a link may lead nowhere
     return path, info.st_size, info.st_mtime_ns
 
 

@@ -994,11 +994,12 @@ def test_the_transparent_value_of_a_png_has_its_depth(depth, colour, row, key, g
 
 
 def test_what_systems_leave_in_folders_is_no_picture(tmp_path):
-    """Against macOS's ._ files, in a folder whose name looks like a pattern."""
+    """Against macOS's ._ files and a link that leads nowhere, in a folder named like a pattern."""
     folder = tmp_path / "**a [b]/x"
     write_srn(folder, LOOKS, (32, 32, 16, 16), GREY)
     for name in "rgb/._000000.png", "pose/._000000.txt", ".DS_Store":
         (folder / name).write_bytes(b"no")
+    (folder / "rgb/000009.png").symlink_to("nowhere")
     views = data.load(tmp_path, str(folder.parent), "train", 16, quiet=True)
     assert len(views.images) == 5 and views.names == ["x"]
 
