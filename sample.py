@@ -138,7 +138,7 @@ def estimate_elevation(g, distance):
     stands on level ground has level parts, such as roof and sill: at the right angle its splats
     are at few heights, so the entropy of their heights is least."""
     _, y, z = (g.xyz[g.opacity > 0.3] * 96 / distance).T.cpu().numpy()        # (n,) levels
-    angles = np.radians(np.arange(61))[:, None]
+    angles = np.radians(np.arange(61))[:, None]                               # (61, 1)
     heights = y * np.cos(angles) + (z - 96) * np.sin(angles)                  # (61, n)
     counts = np.stack([np.histogram(h, np.arange(-60, 61))[0] for h in heights])      # (61, 120)
     order = (counts * np.log(counts.clip(1))).sum(1)                          # (61,) - n x entropy
@@ -166,8 +166,9 @@ def upright(g, look, width):
     """From the source camera's frame to the upright one. In training the renderer widens each
     splat by LOW_PASS px^2; from nearer, or in more pixels, gaps would open between them. So they
     get that width here, in world units."""
-    depth = g.xyz[..., 2:] if "sway" in look else look["distance"]            # all of an object's
-    pixel = depth / (look["focal"] * width)
+    # the depth of each splat of a scene, (B, N, 1); one for all of an object
+    depth = g.xyz[..., 2:] if "sway" in look else look["distance"]
+    pixel = depth / (look["focal"] * width)                                   # as depth
     g = g._replace(scale=(g.scale ** 2 + LOW_PASS * pixel ** 2).sqrt())       # (B, N, 3)
     pose = invert_pose(orbit(0, look))[0].to(g.xyz.device)                    # (1, 4, 4)
     return transform(g, pose.expand(len(g.xyz), -1, -1))
@@ -345,7 +346,7 @@ def average_scores(scores):
     return {k: round(float(np.mean([r[k] for r in scores if k in r])), 6) for k in names}
 
 
-def score_table(cfg, train_views, views, about):
+def score_table(cfg, views, about):
     """Evaluates all weights in cfg.out -> a table as text. Writes the table into results.json, and
     the scores of each object into scores/."""
     out = Path(cfg.out)
@@ -575,7 +576,8 @@ def read_views(path, cfg, meta, a):
     else:
         fx, fy = meta["K"][:2]
         pixels = np.stack([prepare(file, size, meta["background"], bool(a.view), cfg.aspect,
-                                   cfg.aspect * fy / fx) for file in [path, *a.view]])
+                                   cfg.aspect * fy / fx)                      # (V, H, W, 3)
+                           for file in [path, *a.view]])
         poses = [data.rigid(data.numbers(file), file) for file in a.pose]
         c2w = np.stack([np.eye(4), *poses])                                   # (V, 4, 4)
         K = np.tile(meta["K"], (len(c2w), 1))                                 # (V, 4 or 5)

@@ -110,7 +110,7 @@ GPU = dict(n_train=2000, n_test=100, size=128, width=32, mult=(1, 2, 4, 4, 4), a
            steps=STEPS, graph=True, compile=True, eval_views=11, log_every=100,
            preview_every=2000, save_every=2000)
 # What the paper says, and where it is silent Splatter Image: its teacher is --width=128 --blocks=4.
-# iters are ours, of stages 1 and 2; those of stage 0 stand in data.DATASETS.
+# iters are ours, of stages 1 and 2; those of stage 0 are in data.DATASETS.
 PAPER = dict(code=0, t_known=T - 1, size=128, width=96, mult=(1, 2, 2, 2), blocks=3, attn=16,
              warm_start=False, batch=(8, 100, 10), lr=(5e-5, 1e-4, 5e-5), clip=1e9, ema=0.9999,
              warmup=500, w_3dgs=1.0, w_cyc=1.0, weighting="noise", steps=STEPS, eval_views=0,
@@ -155,9 +155,9 @@ def total(losses, w_3dgs, cfg):
 
 
 def stage_0(teacher, x, cam, background, t, eps, cfg):
-    """The teacher: L = || x - R(T(x_src)) ||^2, and Flash3D's regularisers, which hold back splats
-    that are larger than 2 or farther than 1 from their ray: of objects, none. Half of the batch is
-    told nothing (the paper's teacher), the other half what the further views show (ours)."""
+    """The teacher: L = || x - R(T(x_src)) ||^2, and Flash3D's regularisers for splats larger than 2
+    or farther than 1 from their ray, which objects do not have. Half of the batch is told nothing
+    (the paper's teacher), the other half what the further views show (ours)."""
     half = len(x) // 2
     code = None
     if teacher.encoder:
@@ -555,7 +555,7 @@ def main():
             break
         train_stage(cfg, stage, views, test, state)
     if RANK == 0:
-        print(score_table(cfg, views, test, about(cfg, test)))
+        print(score_table(cfg, test, about(cfg, test)))
         print(f"{state['minutes']:.1f} minutes of training; the weights and the log are in {out}/")
         if state["stage"] > 1:
             weights = f"{out}/stage_{state['stage'] - 1}.pt"

@@ -23,7 +23,7 @@ from rasterize import fail
 VERSION = 1            # of the cars: to be raised when their files change
 SIZE, K = 128, (131.25, 131.25, 64, 64)     # pixels of a picture; its fx fy cx cy
 SOURCE = 64            # the view of a test car that a model is shown
-bytearray(1 << 24)     # freed at once; from then on glibc keeps such memory: tracing is 10 % faster
+bytearray(1 << 24)     # freed at once; glibc then keeps the memory of a traced picture for the next
 
 
 # ---- convex solids -------------------------------------------------------------------------------

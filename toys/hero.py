@@ -36,7 +36,7 @@ def main():
     cfg = SimpleNamespace(device=device, size=size, seed=0, steps=meta["steps"])
     views = data.prepare("cars", "data", size, 1, max(CARS) + 1, splits=("test",))["test"]
     look = dict(distance=1.3, elevation=ELEVATION, focal=ZOOM * meta["K"][0] / size,
-                background=meta["background"])
+                background=meta["background"], aspect=1)
     rows = []                                              # of each car: input, frames
     for o in CARS:
         predict = [sample.predictor(net, views, cfg, n=SAMPLES)(o) for net in (teacher, denoiser)]
