@@ -69,16 +69,15 @@ def canonical(raw):
     return torch.cat([raw[:, :8], q, raw[:, 12:]], 1)
 
 
-def normalise(raw, stats):
-    """Raw -> mean 0, deviation 1 per channel over the teacher's outputs (our choice: raw channels
-    differ by orders of magnitude). stats (2, 24)."""
-    mean, std = stats[:, None, :, None, None]                                 # (1, 24, 1, 1) each
+def normalise(raw, mean, std):
+    """Raw splats -> what they differ by from `mean` (B or 1, 24, H, W), see `Denoiser.mean`, in
+    units of std (24, 1, 1) over the teacher's outputs (our choice: raw channels differ by orders of
+    magnitude)."""
     return (canonical(raw) - mean) / std
 
 
-def denormalise(s, stats):
+def denormalise(s, mean, std):
     """The inverse of `normalise`, up to the length and sign of quaternions."""
-    mean, std = stats[:, None, :, None, None]                                 # (1, 24, 1, 1) each
     return s * std + mean
 
 
@@ -164,8 +163,7 @@ class Block(nn.Module):
 class UNet(nn.Module):
     """Images (B, 3, h, w) -> (B, 24, H, W) raw splats, H = h + 2 cfg.pad. The denoiser's also takes
     noisy splats s_t of that size, and depends on the time t (B,). With cfg.code the decoder depends
-    on a code (B, code): the teacher is given it, the denoiser reads it from its deepest features,
-    so that all pixels use the same one."""
+    on a code (B, code): the teacher is given it, the denoiser reads it off s_t."""
 
     def __init__(self, cfg, c_in=3, time=False):
         super().__init__()
@@ -193,7 +191,7 @@ class UNet(nn.Module):
                 self.enc[f"{name}_block{i}"] = Block(c, c_out, emb, attention=attend)
                 c = c_out
                 skips.append(c)
-        self.read = nn.Linear(c, cfg.code) if time and cfg.code else None
+        self.read = nn.Linear(c + S, cfg.code) if time and cfg.code else None
         self.dec = nn.ModuleDict()
         for name, c_out, attend in reversed(levels):
             if not self.dec:
@@ -238,8 +236,10 @@ class UNet(nn.Module):
             for layer in self.enc.values():
                 x = layer(x, emb) if isinstance(layer, Block) else layer(x)
                 skips.append(x)
-            if self.read:
-                code = self.read(x.mean((2, 3))).float().tanh()               # (B, code)
+            if self.read:   # one code for all pixels, so in their sum it stands out from the noise
+                total = s_t.sum((2, 3)) / (s_t.shape[2] * s_t.shape[3]) ** 0.5    # (B, 24)
+                code = self.read(torch.cat([x.mean((2, 3)), total], 1))       # (B, code)
+                code = code.float().tanh()
             if code is not None:
                 emb = code if emb is None else torch.cat([emb, code], 1)      # (B, emb + code)
             for name, layer in self.dec.items():
@@ -281,7 +281,7 @@ def ddim_step(s_t, s_hat, t, t_next):
     return add_noise(s_hat, t_next, eps)
 
 
-def denoise(denoiser, s_t, t, x_src, steps=STEPS, guide=None):
+def denoise(denoiser, s_t, t, x_src, mean, steps=STEPS, guide=None):
     """Yields the predictions s_hat of `steps` evenly spaced DDIM steps from t (B,) towards 0; the
     last one is the result. Stage 2 and sample.py both use it, so training and sampling cannot drift
     apart. guide(s_hat) -> (B,) is a loss to lower, e.g. the error in further views (paper, v1):
@@ -290,20 +290,20 @@ def denoise(denoiser, s_t, t, x_src, steps=STEPS, guide=None):
         now = t * (steps - k) // steps                                        # (B,) int
         then = t * (steps - k - 1) // steps                                   # (B,) int
         if guide and k < steps - 1:
-            s_hat, slope = guided(denoiser, s_t, now, x_src, guide)           # (B, 24, H, W) each
+            s_hat, slope = guided(denoiser, s_t, now, x_src, mean, guide)     # (B, 24, H, W) each
             pull = RHO * signal_noise(then)[1] * slope                        # (B, 24, H, W)
         else:
-            s_hat = denoiser(s_t, now, x_src)                                 # (B, 24, H, W)
+            s_hat = denoiser(s_t, now, x_src, mean)                           # (B, 24, H, W)
             pull = 0
         yield s_hat
         s_t = ddim_step(s_t, s_hat, now, then) - pull
 
 
-def guided(denoiser, s_t, t, x_src, guide):
+def guided(denoiser, s_t, t, x_src, mean, guide):
     """-> s_hat, and d guide(s_hat) / d s_t *through* D, scaled to mean square 1 per sample."""
     with torch.enable_grad():
         s_t = s_t.detach().requires_grad_()
-        s_hat = denoiser(s_t, t, x_src)                                       # (B, 24, H, W)
+        s_hat = denoiser(s_t, t, x_src, mean)                                 # (B, 24, H, W)
         slope, = torch.autograd.grad(guide(s_hat).sum(), s_t)                 # (B, 24, H, W)
     size = slope.square().mean((1, 2, 3), keepdim=True).sqrt()                # (B, 1, 1, 1)
     return s_hat.detach(), slope / size.clamp(min=1e-12)
@@ -322,30 +322,41 @@ def lambda_t(t, kind, t_star=T_STAR, t_known=T - 1):
 
 
 class Denoiser(nn.Module):
-    """D(s_t, t, x_src) -> s_hat: clean splats, normalised like s_t. The image is concatenated."""
+    """D(s_t, t, x_src, mean) -> s_hat: clean splats, normalised like s_t. The image x_src
+    (B, 3, h, w) is concatenated to s_t."""
 
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
         self.unet = UNet(cfg, 3 + S, time=True)
-        self.register_buffer("stats", torch.stack([torch.zeros(S), torch.ones(S)]))   # (2, 24)
+        # (2, 24): per channel, the mean and deviation of the teacher's splats
+        self.register_buffer("stats", torch.stack([torch.zeros(S), torch.ones(S)]))
 
-    def forward(self, s_t, t, x_src):
-        return self.predict(s_t, t, x_src)[0]
+    def mean(self, raw):
+        """What noised splats are centred on. Ours: the splats raw (B, 24, H, W) of the teacher that
+        is told nothing. So what is left to denoise is what the picture does not show. In the paper
+        (cfg.code = 0) that would be nothing; there it is one number a channel, (1, 24, 1, 1)."""
+        return canonical(raw) if self.cfg.code else self.stats[None, 0, :, None, None]
 
-    def predict(self, s_t, t, x_src):
+    def forward(self, s_t, t, x_src, mean):
+        return self.predict(s_t, t, x_src, mean)[0]
+
+    def predict(self, s_t, t, x_src, mean):
         """-> s_hat (B, 24, H, W), and the code (B, code) that was read off s_t, or None."""
         raw, code = self.unet(x_src, t, s_t=s_t)
-        return normalise(raw, self.stats), code
+        return self.normalise(raw, mean), code
 
-    def gaussians(self, s, K):
+    def normalise(self, raw, mean):
+        return normalise(raw, mean, self.stats[1, :, None, None])
+
+    def gaussians(self, s, mean, K):
         """Normalised splats (B, 24, H, W) -> Gaussians in the frame of the camera K (B, 4)."""
-        return splats_to_gaussians(denormalise(s, self.stats), K, self.cfg)
+        return splats_to_gaussians(denormalise(s, mean, self.stats[1, :, None, None]), K, self.cfg)
 
-    def sample(self, x_src, eps, steps=STEPS, guide=None):
+    def sample(self, x_src, mean, eps, steps=STEPS, guide=None):
         """Pure noise eps (B, 24, H, W) -> normalised splats of the object in x_src (B, 3, h, w)."""
         t = torch.full((len(x_src),), T - 1, device=x_src.device)
-        *_, s_hat = denoise(self, eps, t, x_src, steps, guide)
+        *_, s_hat = denoise(self, eps, t, x_src, mean, steps, guide)
         return s_hat
 
     @torch.no_grad()

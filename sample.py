@@ -41,11 +41,11 @@ SWAY = 4        # degrees to each side, instead of a turn, where the data are cl
 
 # ---- a picture -> splats -> files ----------------------------------------------------------------
 
-def guidance(network, x, cam, background):
-    """-> guide(s) for `denoise`: it renders a network's splats s (B, 24, H, W) in each view of x
+def guidance(gaussians, x, cam, background):
+    """-> guide(s) for `denoise`: it renders gaussians(s), s splats (B, 24, H, W), in each view of x
     (1, V, 3, H, W) but the first, the source, and returns their error (B,). None if V = 1."""
     def guide(s):
-        g = network.gaussians(s, cam.K[:, 0].expand(len(s), -1))
+        g = gaussians(s)                                                      # (B, N, ..)
         x_hat = renderings(g, cam.views(slice(1, None)), background)          # (B, V-1, 3, H, W)
         return (x_hat - x[:, 1:]).square().mean((1, 2, 3, 4))                 # (B,)
     return guide if x.shape[1] > 1 else None
@@ -58,14 +58,14 @@ def renderings(g, cam, background):
     return render(g, Camera(w2c, K, cam.hw), background)[0]
 
 
-def trajectory(denoiser, x_src, guide, a):
+def trajectory(denoiser, x_src, mean, guide, a):
     """x_src (1, 3, H, W) -> s_t of every DDIM step, then the result: (B, 24, H, W) each."""
     trail = []
     hook = denoiser.register_forward_pre_hook(lambda _, inputs: trail.append(inputs[0].detach()))
     noise = torch.Generator().manual_seed(a.seed)      # on the CPU: the same for every device
     eps = torch.randn(a.samples, S, *denoiser.cfg.hw, generator=noise).to(a.device)
     x_src = x_src.expand(a.samples, -1, -1, -1)                               # (B, 3, h, w)
-    s_hat = denoiser.sample(x_src, eps, a.steps, guide)
+    s_hat = denoiser.sample(x_src, mean, eps, a.steps, guide)
     hook.remove()
     return [*trail, s_hat]
 
@@ -75,13 +75,16 @@ def results(path, denoiser, teacher, meta, a):
     x, cam, background = read_views(path, denoiser.cfg, meta, a)              # (1, V, 3, H, W)
     h, w = cam.hw
     K = cam.K[:, 0].expand(a.samples, -1)                                     # (B, 4 or 5)
-    guide = guidance(denoiser, x, cam, background)
-    trail = trajectory(denoiser, x[:, 0], guide, a)                           # (B, 24, H, W) each
+    alone = teacher(x[:, :1])                                                 # (1, 24, H, W) raw
+    mean = denoiser.mean(alone)                                               # (1, 24, H, W)
+    to_gaussians = lambda s: denoiser.gaussians(s, mean, K)
+    guide = guidance(to_gaussians, x, cam, background)
+    trail = trajectory(denoiser, x[:, 0], mean, guide, a)                     # (B, 24, H, W) each
     middle = (denoiser.cfg.near + denoiser.cfg.far) / 2 + K[0, 4:].sum().item()
     fx, fy = K[0, :2].tolist()
     look = dict(distance=middle, elevation=a.elevation, focal=fx / w, aspect=fy / h * w / fx,
                 background=meta["background"], near=NEAR)
-    g = denoiser.gaussians(trail[-1], K)                                      # (B, N, ..)
+    g = to_gaussians(trail[-1])                                               # (B, N, ..)
     if meta.get("window"):     # of a clip, not of an object with sides: the camera was level
         look |= dict(distance=g.xyz[..., 2].median().item(), elevation=a.elevation or 0, sway=SWAY)
     elif a.elevation is None:
@@ -89,10 +92,10 @@ def results(path, denoiser, teacher, meta, a):
         print(f"{path}: taken to look down by {look['elevation']} degrees, an estimate; if the "
               "splats are tilted, give --elevation")
 
-    def place(network, s):
+    def place(s):
         """Splats of any step -> Gaussians in the upright frame."""
-        return upright(network.gaussians(s, K[:len(s)]), look, w)
-    states = [place(denoiser, s) for s in trail]
+        return upright(to_gaussians(s), look, w)
+    states = [place(s) for s in trail]
     g = states[-1]
     turn = [photograph(g, i, look) for i in range(FRAMES)]                    # (B, h, w, 3) each
     spread = [x.std(0, ddof=min(1, a.samples - 1)).mean() / 255 for x in turn]
@@ -104,7 +107,7 @@ def results(path, denoiser, teacher, meta, a):
     yield "sample.png", encoded([np.vstack(rows)], "PNG")
 
     objects = {f"sample {k}": [one(state, k) for state in states] for k in range(a.samples)}
-    objects["teacher"] = [place(teacher, teacher(x[:, :1]))]
+    objects["teacher"] = [upright(teacher.gaussians(alone, K[:1]), look, w)]
     look["differ"] = azimuth(most, look)
     page = viewer_html(path.name, encoded([pixels], "PNG"), objects, look)
     yield "viewer.html", page.encode()
@@ -114,7 +117,7 @@ def results(path, denoiser, teacher, meta, a):
         step = a.steps * (1 - (1 - i / FRAMES) ** 2)                          # slower and slower
         k = int(step)
         s = trail[k].lerp(trail[k + 1], step - k)                             # (B, 24, H, W)
-        film.append(photograph(place(denoiser, s), i, look))
+        film.append(photograph(place(s), i, look))
     film = [np.hstack(x) for x in film + turn]                                # (h, B w, 3) each
     yield "film.webp", encoded(film, "WEBP", save_all=True, duration=83, loop=0)     # 12 a second
     for k in range(a.samples):
@@ -251,22 +254,25 @@ def scene(views, index, cfg):
     return x.to(cfg.device), cam.to(cfg.device), background
 
 
-def predictor(network, views, cfg, given=None, n=1):
-    """-> predict(o): the Gaussians of test object o from its source view. The further views in
-    given(views, o), which begins with the source, tell the teacher or guide the student. The
-    student draws n samples, from noise that depends on cfg.seed, o and the sample's number."""
+def predictor(teacher, student, views, cfg, given=None, n=1):
+    """-> predict(o): the Gaussians of test object o from its source view, by the student, or by the
+    teacher if that is None. The further views in given(views, o), which begins with the source,
+    tell the teacher or guide the student. The student draws n samples, from noise that depends on
+    cfg.seed, o and the sample's number."""
     def predict(o):
         index = given(views, o) if given else test_views(views, o)[:1]        # (V,)
         x, cam, background = scene(views, index, cfg)                         # (1, V, 3, H, W)
         K = cam.K[:, 0]                                                       # (1, 4 or 5)
-        if isinstance(network, Teacher):
-            return network.gaussians(network(x, cam, background), K)
+        if not student:
+            return teacher.gaussians(teacher(x, cam, background), K)
         seeds = [10**6 * (cfg.seed + 1) + 10**3 * o + k for k in range(n)]
-        eps = torch.stack([torch.randn(S, *network.cfg.hw, generator=torch.Generator()
+        eps = torch.stack([torch.randn(S, *student.cfg.hw, generator=torch.Generator()
                                        .manual_seed(seed)) for seed in seeds]).to(cfg.device)
-        guide = guidance(network, x, cam, background)
-        s = network.sample(x[:, 0].expand(n, -1, -1, -1), eps, cfg.steps, guide)
-        return network.gaussians(s, K.expand(n, -1))                          # (n, N, ..)
+        mean = student.mean(teacher(x[:, :1]))                                # (1, 24, H, W)
+        to_gaussians = lambda s: student.gaussians(s, mean, K.expand(n, -1))
+        guide = guidance(to_gaussians, x, cam, background)
+        s = student.sample(x[:, 0].expand(n, -1, -1, -1), mean, eps, cfg.steps, guide)
+        return to_gaussians(s)                                                # (n, N, ..)
     return predict
 
 
@@ -355,18 +361,18 @@ def score_table(cfg, views, about):
         from lpips import LPIPS
         lpips = LPIPS(net="vgg", verbose=False).to(cfg.device)
     told = lambda views, o: told_views(views, o, cfg.told)
+    teacher, _ = load_network(out / "teacher.pt", Teacher, cfg.device)
     rows = {}
     for name, given in {"teacher": None, f"teacher, told {cfg.told} views": told,
                         "stage 1": None, "stage 1, guided by 1": opposite_views,
                         "stage 2": None, "stage 2, guided by 1": opposite_views}.items():
         stem = name.replace(",", "").replace(" ", "_")
         weights = out / f"{stem[:7]}.pt"                    # teacher.pt, stage_1.pt or stage_2.pt
-        if name != "teacher" and not weights.exists():
+        if name != "teacher" and not weights.exists() or given is told and not teacher.encoder:
             continue
         network, meta = load_network(weights, Denoiser if "stage" in name else Teacher, cfg.device)
-        if given is told and not network.encoder:
-            continue
-        predict = predictor(network, views, cfg, given, cfg.samples)
+        student = network if "stage" in name else None
+        predict = predictor(teacher, student, views, cfg, given, cfg.samples)
         scores = evaluate(predict, views, cfg, cfg.eval_views, range(len(views)), name, lpips)
         rows[name] = dict(minutes=meta["minutes"], **average_scores(scores))
         text = "".join(json.dumps(r) + "\n" for r in scores)
@@ -392,10 +398,10 @@ def format_rows(rows):
     return "\n".join(lines)
 
 
-def evaluate_few(network, views, cfg):
+def evaluate_few(teacher, student, views, cfg):
     """Scores on a few test objects in 5 views of each, for a curve."""
     few, n = (32, 16) if cfg.device.startswith("cuda") else (6, 4)            # objects, samples
-    predict = predictor(network, views, cfg, n=n)
+    predict = predictor(teacher, student, views, cfg, n=n)
     return average_scores(evaluate(predict, views, cfg, 5, range(min(few, len(views)))))
 
 
@@ -407,8 +413,8 @@ def preview(teacher, student, views, cfg):
     for o in range(min(6, len(views))):
         x, cam, background = scene(views, opposite_views(views, o), cfg)      # (1, 2, 3, H, W)
         row = [*x[0]]
-        for network in filter(None, [teacher, student]):
-            g = predictor(network, views, cfg, n=min(cfg.samples, 8))(o)      # (n, N, ..)
+        for network in [None, student] if student else [None]:
+            g = predictor(teacher, network, views, cfg, n=min(cfg.samples, 8))(o)     # (n, N, ..)
             row += renderings(g, cam.views([1]), background)[:, 0]            # (n, 3, H, W)
         rows.append(torch.cat(row, -1))                                       # (3, H, columns W)
     zoom = max(1, 128 // cfg.size)                                            # legible

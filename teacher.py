@@ -62,18 +62,18 @@ class Teacher(nn.Module):
         """images (B, V, 3, H, W) in [0, 1], the source view first; cam: their cameras. V = 1: the
         paper's teacher. V > 1: the teacher is told what it gets wrong in the views after the
         first, which are on `background` (3,)."""
-        code = self.code(images, cam, background)
-        return self.unet(images[:, 0], code=code)[0]                          # (B, 24, H, W) raw
-
-    def code(self, images, cam, background):
-        """The views after the first -> (B, code), zeros for V = 1; None if cfg.code is 0."""
-        if not self.encoder:
-            return None
-        nothing = images.new_zeros(len(images), self.cfg.code)                # (B, code)
+        nothing = images.new_zeros(len(images), self.cfg.code) if self.encoder else None
+        raw, _ = self.unet(images[:, 0], code=nothing)                        # (B, 24, H, W)
         if images.shape[1] == 1:
-            return nothing
+            return raw
+        code = self.code(raw, images, cam, background)                        # (B, code)
+        return self.unet(images[:, 0], code=code)[0]                          # (B, 24, H, W)
+
+    def code(self, raw, images, cam, background):
+        """The raw splats of the teacher that was told nothing, and views after the first, where it
+        is told about their errors -> (B, code)."""
         with torch.no_grad():
-            g = self.gaussians(self.unet(images[:, 0], code=nothing)[0], cam.K[:, 0])
+            g = self.gaussians(raw, cam.K[:, 0])
             seen, _, _ = render(g, cam.views(slice(1, None)), background)     # (B, V-1, 3, H, W)
         device = images.device.type
         with torch.autocast(device, torch.bfloat16, self.unet.bf16, cache_enabled=False):

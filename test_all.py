@@ -1431,11 +1431,11 @@ def test_denoise_recovers_an_oracle_exactly(steps):
     s_0, eps, levels = random_splats(), random_splats(seed=1), []
     t = torch.tensor([99, 57])
 
-    def oracle(s_t, now, x_src):
+    def oracle(s_t, now, x_src, mean):
         levels.append(now)
         assert torch.allclose(s_t, add_noise(s_0, now, eps), atol=1e-4)   # DDIM stays on the ray
         return s_0
-    *_, s_hat = denoise(oracle, add_noise(s_0, t, eps), t, None, steps)
+    *_, s_hat = denoise(oracle, add_noise(s_0, t, eps), t, None, None, steps)
     assert torch.equal(s_hat, s_0) and len(levels) == steps
     assert torch.equal(levels[0], t) and (torch.stack(levels).diff(dim=0) <= 0).all()
 
@@ -1445,12 +1445,12 @@ def test_statistics_make_the_teachers_splats_standard_and_normalise_is_invertibl
     torch.manual_seed(0)
     with torch.no_grad():
         raw = Teacher(TINY)(torch.rand(8, 1, 3, 16, 16))
-    stats = splat_statistics([raw[:4], raw[4:]])
-    s = normalise(raw, stats)
+    mean, std = splat_statistics([raw[:4], raw[4:]])[..., None, None]         # (24, 1, 1) each
+    s = normalise(raw, mean, std)
     flat = s.movedim(1, 0).flatten(1)                                         # (24, pixels)
-    free = stats[1] > 1.1e-3                                                  # not constant
+    free = std.flatten() > 1.1e-3                                             # not constant
     assert flat.mean(1).abs().max() < 1e-3 and (flat.std(1)[free] - 1).abs().max() < 1e-2
-    assert torch.allclose(denormalise(s, stats), canonical(raw), atol=1e-4)
+    assert torch.allclose(denormalise(s, mean, std), canonical(raw), atol=1e-4)
 
 
 @told_or_not
@@ -1461,7 +1461,7 @@ def test_gradients_reach_every_parameter_through_unrolled_steps(shape):
     assert any(name.startswith("unet.read") for name, _ in denoiser.named_parameters()) == (
         shape is TOLD)
     t, x_src = torch.tensor([99, 60]), torch.rand(2, 3, 16, 16)
-    *_, s_hat = denoise(denoiser, random_splats(), t, x_src, 3)
+    *_, s_hat = denoise(denoiser, random_splats(), t, x_src, random_splats(seed=1), 3)
     s_hat.square().mean().backward()
     for name, p in denoiser.named_parameters():
         assert p.grad is not None and p.grad.abs().sum() > 0, name
@@ -1475,16 +1475,36 @@ def test_a_warm_start_is_the_teacher_told_nothing_whatever_the_noise(theirs, min
     shake(teacher)
     denoiser.warm_start(teacher.unet)
     for t in (0, 99):
-        noisy = torch.cat([x, random_splats(seed=t)], 1)
-        raw, code = denoiser.unet(noisy, torch.full((2,), t))
+        raw, code = denoiser.unet(x, torch.full((2,), t), s_t=random_splats(seed=t))
         assert torch.allclose(raw, teacher(x[:, None]), atol=1e-5)
         assert code is None if mine is TINY else not code.any()
     if mine is theirs is TOLD:
         denoiser.unet.read.bias.data = torch.tensor([1., -2., .5, 0.])
-        raw, code = denoiser.unet(noisy, torch.full((2,), t))
+        raw, code = denoiser.unet(x, torch.full((2,), t), s_t=random_splats(seed=t))
         want, _ = teacher.unet(x, code=denoiser.unet.read.bias.tanh().expand(2, 4))
         assert torch.allclose(raw, want, atol=1e-5)
         assert not torch.allclose(want, teacher(x[:, None]))
+
+
+def test_the_code_is_read_off_the_sum_of_noisy_splats():
+    """Against half of the codes' variance, 0.49, at any level of noise, where a code adds a tenth
+    of the noise to each pixel. Only the reading is trained: after a warm start the deep features do
+    not depend on s_t."""
+    torch.manual_seed(0)
+    shape = data.replace(TINY, code=2)
+    denoiser, adds = Denoiser(shape).requires_grad_(False), 0.1 * torch.randn(2, S)
+    denoiser.warm_start(Teacher(shape).unet)
+    adam = torch.optim.Adam(denoiser.unet.read.requires_grad_().parameters(), lr=0.01)
+    losses = []
+    for k in range(100):
+        code, t = 1.4 * torch.randint(2, (16, 2)) - 0.7, torch.randint(T, (16,))
+        s_t = add_noise((code @ adds)[..., None, None], t, random_splats(16, seed=k))
+        _, code_hat = denoiser.predict(s_t, t, torch.rand(16, 3, 16, 16), 0)
+        losses.append(F.mse_loss(code_hat, code))
+        adam.zero_grad()
+        losses[k].backward()
+        adam.step()
+    assert sum(losses[80:]) / 20 < 0.49 / 2
 
 
 def test_guidance_pulls_every_step_but_the_last_down_its_slope_through_the_denoiser():
@@ -1492,12 +1512,12 @@ def test_guidance_pulls_every_step_but_the_last_down_its_slope_through_the_denoi
     sign than the slope by s_hat; without a guide the steps are DDIM's, to the bit."""
     c, x, t = -0.5, random_splats().double(), torch.tensor([99, 57])
     seen = []
-    def oracle(s_t, now, x_src):
+    def oracle(s_t, now, x_src, mean):
         seen.append(s_t.detach())
         return c * s_t
     for guide in (None, lambda s_hat: (s_hat - 1).square().mean((1, 2, 3))):
         seen.clear()
-        steps = list(denoise(oracle, x, t, None, 3, guide))
+        steps = list(denoise(oracle, x, t, None, None, 3, guide))
         s_t = x
         for k in range(3):
             now, then = t * (3 - k) // 3, t * (2 - k) // 3
@@ -1549,8 +1569,10 @@ def test_networks_take_pictures_of_any_shape_and_add_a_margin(shape):
     assert [*Teacher(shape).unet.enc][::2] == ["16x16_conv", "8x8_down"]
     denoiser.warm_start(teacher.unet)
     x, eps = torch.rand(2, 3, 16, 24), torch.randn(2, S, 20, 28)
-    s = denoiser(eps, torch.tensor([3, 99]), x)
-    assert s.shape == eps.shape and denoiser.gaussians(s, pinhole(16)).xyz.shape == (2, 560, 3)
+    mean = denoiser.mean(teacher(x[:, None]))
+    s = denoiser(eps, torch.tensor([3, 99]), x, mean)
+    g = denoiser.gaussians(s, mean, pinhole(16))
+    assert s.shape == eps.shape and g.xyz.shape == (2, 560, 3)
     larger = Teacher(data.replace(cfg, size=20, aspect=1.4, pad=0, attn=10))
     larger.load_state_dict(teacher.state_dict())
     wide = torch.nn.functional.pad(x, (2, 2, 2, 2), "replicate")
@@ -1605,7 +1627,7 @@ def test_a_teacher_learns_to_be_told_and_told_nothing_stays_the_same_to_the_bit(
     given, (x, cam, white) = Teacher(TINY), scene_batch(views=4)
     shake(given)
     x, told = nearly_right(given, x, cam, white), can_be_told(given, 4)
-    assert told.cfg == TOLD and given.code(x, cam, white) is None
+    assert told.cfg == TOLD and given.encoder is None
     before = deepcopy(told.state_dict())
     learns = {name for name, p in told.named_parameters() if p.requires_grad}
     assert learns == {name for name in before if name.startswith("encoder.")
@@ -1628,12 +1650,12 @@ def test_the_code_follows_what_the_further_views_show():
     teacher, (x, cam, white) = Teacher(TOLD), scene_batch(views=4)
     shake(teacher)
     x, y = [nearly_right(teacher, x, cam, white, seed) for seed in (0, 1)]
-    order = [0, 3, 1, 2]
-    assert torch.equal(teacher.code(x[:, :1], cam, white), torch.zeros(2, 4))
-    a, b, c = [teacher.code(*z, white)
+    alone, order = teacher(x[:, :1]), [0, 3, 1, 2]
+    assert torch.equal(alone, teacher.unet(x[:, 0], code=torch.zeros(2, 4))[0])
+    a, b, c = [teacher.code(alone, *z, white)
                for z in ((x, cam), (y, cam), (x[:, order], cam.views(order)))]
     assert torch.allclose(a, c, atol=1e-4) and (a - b).abs().amax(1).min() > 0.01
-    splats = [teacher(z, cam, white) for z in (x[:, :1], x, y)]
+    splats = [alone, teacher(x, cam, white), teacher(y, cam, white)]
     for p, q in itertools.combinations(splats, 2):
         assert (p - q).abs().amax((1, 2, 3)).min() > 1e-3
 
@@ -1692,6 +1714,30 @@ def test_a_stage_returns_finite_losses_and_trains_only_the_student(stage, shape)
     assert (lose()["loss_image"] == losses["loss_image"]) == (not shape.code)
 
 
+@told_or_not
+def test_noised_splats_are_what_the_told_teacher_adds(shape):
+    """Against the teacher told and told nothing, by hand; with code 0 all splats, standardised. The
+    way back gives the told teacher's Gaussians."""
+    torch.manual_seed(0)
+    x, cam, white = scene_batch(views=4)
+    teacher, denoiser = Teacher(shape).requires_grad_(False), Denoiser(shape)
+    shake(teacher)
+    x = nearly_right(teacher, x, cam, white)
+    alone = teacher(x[:, :1])
+    told = teacher(x, cam, white) if shape.code else alone                    # (2, 24, 16, 16)
+    denoiser.stats.copy_(splat_statistics([told]))
+    constant, std = denoiser.stats[..., None, None]                           # (24, 1, 1) each
+    t, eps = torch.tensor([0, 30]), random_splats()
+    s, s_t, mean, code = train.noised_teacher(denoiser, teacher, x, cam, white, t, eps,
+                                              train.Config(code=shape.code))
+    want = canonical(told) - (canonical(alone) if shape.code else constant)
+    assert torch.allclose(s, want / std, atol=1e-4) and s.abs().amax((1, 2, 3)).min() > 0.01
+    assert torch.equal(s_t, add_noise(s, t, eps)) and (code is None) == (not shape.code)
+    mine, theirs = denoiser.gaussians(s, mean, cam.K[:, 0]), teacher.gaussians(told, cam.K[:, 0])
+    flip = theirs.quat[..., :1].sign()                                        # (2, 256, 1)
+    assert_same(mine, theirs._replace(quat=flip * theirs.quat), 1e-5)
+
+
 def test_half_of_a_batch_is_told_and_the_views_that_tell_are_not_judged():
     """Against a teacher called by hand: codes of 0 and the codes of the views, with noise."""
     torch.manual_seed(0)
@@ -1700,7 +1746,7 @@ def test_half_of_a_batch_is_told_and_the_views_that_tell_are_not_judged():
     shake(teacher)
     cfg = train.Config(code=4, told=3, views=2, code_noise=0.1)
     losses = train.stage_0(teacher, x, cam, white, None, eps, cfg)
-    code = teacher.code(x, cam, white) + 0.1 * eps[:, 0, 0, :4]
+    code = teacher.code(teacher(x[:, :1]), x, cam, white) + 0.1 * eps[:, 0, 0, :4]
     raw = torch.cat([teacher(x[:2, :1]), teacher.unet(x[2:, 0], code=code[2:])[0]])
     two = Camera(cam.w2c[:, :2], cam.K[:, :2], cam.hw)
     g = teacher.gaussians(raw, cam.K[:, 0])
@@ -1723,7 +1769,7 @@ def test_only_splats_that_are_too_large_or_too_far_out_are_held_back():
     teacher, cfg = Teacher(TINY), train.Config(code=0, views=2)
     lose = lambda: train.stage_0(teacher, x, cam, white, None, random_splats(), cfg)["loss"].item()
     def seen():
-        x_hat, _, _ = render(teacher.gaussians(teacher(x), cam.K[:, 0]), cam, white)
+        x_hat, _, _ = render(teacher.gaussians(teacher(x[:, :1]), cam.K[:, 0]), cam, white)
         return train.image_loss(x_hat[:, :2], x).mean().item()
     assert lose() == seen()
     with torch.no_grad():
@@ -1983,10 +2029,11 @@ def test_codes_of_others_are_what_the_others_say(cars):
     told = lambda views, o: sample.told_views(views, o, 3)
     (x, cam), (y, there) = [data.gather(views, told(views, o)[None]) for o in range(2)]
     with torch.no_grad():
-        raw, _ = teacher.unet(x[:, 0], code=teacher.code(y, there, white))
+        code = teacher.code(teacher(y[:, :1]), y, there, white)               # (1, 4)
+        raw, _ = teacher.unet(x[:, 0], code=code)
         assert_same(controls.by_codes(teacher, views, cfg)(0), [
             z.repeat(3, *[1] * (z.dim() - 1)) for z in teacher.gaussians(raw, cam.K[:, 0])], 1e-5)
-        assert_same(sample.predictor(teacher, views, cfg, told)(0),
+        assert_same(sample.predictor(teacher, None, views, cfg, told)(0),
                     teacher.gaussians(teacher(x, cam, white), cam.K[:, 0]), 1e-6)
 
 
@@ -2006,28 +2053,30 @@ def test_controls_and_guided_samples_come_nearer_to_the_view_that_they_are_given
         return (x_hat - x).square().mean((2, 3, 4))                           # (n, 2)
     before = [deepcopy(n.state_dict()) for n in (teacher, student)]
     assert (error(controls.by_optimised_teacher(teacher, views, cfg, 20))
-            < error(sample.predictor(teacher, views, cfg))).all()
-    guided, free = [error(sample.predictor(student, views, cfg, given, 3))
+            < error(sample.predictor(teacher, None, views, cfg))).all()
+    guided, free = [error(sample.predictor(teacher, student, views, cfg, given, 3))
                     for given in (sample.opposite_views, None)]
     assert (guided[:, 1] < free[:, 1]).all()
     for old, network in zip(before, (teacher, student)):
         assert all(torch.equal(old[k], p) for k, p in network.state_dict().items())
 
 
+@told_or_not
 @torch.no_grad()
-def test_samples_drawn_together_are_those_drawn_one_by_one(cars):
+def test_samples_drawn_together_are_those_drawn_one_by_one(shape, cars):
     """Against `Denoiser.sample`, one at a time, from the noise of that object and sample."""
     torch.manual_seed(0)
     views = data.load(cars, "cars", "train", 16, quiet=True)
-    denoiser = Denoiser(TINY)
+    teacher, denoiser = Teacher(shape), Denoiser(shape)
     cfg = train.Config(size=16, steps=3, device="cpu")
     for o in range(2):
-        g = sample.predictor(denoiser, views, cfg, n=2)(o)
+        g = sample.predictor(teacher, denoiser, views, cfg, n=2)(o)
         x, cam, _ = sample.scene(views, sample.test_views(views, o), cfg)
+        mean = denoiser.mean(teacher(x[:, :1]))
         for k in range(2):
             gen = torch.Generator().manual_seed(10**6 + 10**3 * o + k)
-            s = denoiser.sample(x[:, 0], torch.randn(1, S, 16, 16, generator=gen), 3)
-            assert_same(sample.one(g, k), denoiser.gaussians(s, cam.K[:, 0]), 1e-5)
+            s = denoiser.sample(x[:, 0], mean, torch.randn(1, S, 16, 16, generator=gen), 3)
+            assert_same(sample.one(g, k), denoiser.gaussians(s, mean, cam.K[:, 0]), 1e-5)
 
 
 # ---- clips: views beside each other, as of rooms -------------------------------------------------
@@ -2071,7 +2120,7 @@ def test_targets_of_a_clip_lie_in_its_window_and_are_scored_one_by_one_without_t
     assert sample.told_views(views, 1, 9)[0] == 32
     torch.manual_seed(0)
     teacher = Teacher(train.shape_of(train.Config(size=16, width=8, mult=(1, 2), code=0), CLIPS))
-    predict = sample.predictor(teacher, views, cfg)
+    predict = sample.predictor(teacher, None, views, cfg)
     r, = sample.evaluate(predict, views, cfg, 0, [0])
     x, cam, grey = sample.scene(views, sample.test_views(views, 0), cfg)
     with torch.no_grad():
@@ -2386,11 +2435,10 @@ def tiny(tmp_path_factory):
     """A file of weights that cost nothing: an untrained denoiser, its teacher beside it."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("tiny")
-    cfg = ModelConfig(16, 8, (1, 2), 1, 8)
     meta = dict(dataset="cars", data=dict(procedural=True), K=[16.40625, 16.40625, 8., 8.],
                 background=[1., 1., 1.], steps=3)                            # K: of procedural cars
-    save_network(folder / "stage_2.pt", Denoiser(cfg), meta)
-    save_network(folder / "teacher.pt", Teacher(cfg), meta)
+    save_network(folder / "stage_2.pt", Denoiser(TOLD), meta)
+    save_network(folder / "teacher.pt", Teacher(TOLD), meta)
     return folder / "stage_2.pt"
 
 
@@ -2411,10 +2459,12 @@ def test_the_weights_that_come_with_the_code_draw_what_they_did(cars):
     """Against the PSNR of held-out car 0 when they were committed: view 64 in, ten views out."""
     views = data.load(cars, "cars", "test", 64, quiet=True)
     cfg = train.Config(size=64, device="cpu", steps=10)
+    teacher, _ = shipped("teacher.pt", Teacher)
     for name, kind, psnr in ("cars", Denoiser, 31.27), ("teacher", Teacher, 31.21):
         path = HERE / f"weights/{name}.pt"
         network, meta = load_network(path, kind)
-        r, = sample.evaluate(sample.predictor(network, views, cfg), views, cfg, 10, [0])
+        predict = sample.predictor(teacher, network if name == "cars" else None, views, cfg)
+        r, = sample.evaluate(predict, views, cfg, 10, [0])
         assert abs(r["one"] - psnr) < 0.1 and path.stat().st_size < 16 * 2 ** 20
         assert meta["data"]["procedural"] and "python train.py" in meta["command"]
 
@@ -2426,14 +2476,15 @@ def shipped(name, cls):
 
 def test_the_samples_of_the_shipped_weights_show_both_doors(monkeypatch):
     """Against mud: of 8 samples one shows an amber hidden door and another a blue one."""
-    denoiser, K = shipped("cars.pt", Denoiser)
+    (denoiser, K), (teacher, _) = shipped("cars.pt", Denoiser), shipped("teacher.pt", Teacher)
     pixels = sample.prepare(HERE / "assets" / "car.png", 64, (1., 1., 1.))
     x_src = torch.from_numpy(pixels).movedim(-1, 0)[None].expand(8, -1, -1, -1) / 255
     eps = torch.randn(8, S, 64, 64, generator=torch.Generator().manual_seed(0))
     look = dict(distance=1.3, elevation=25., focal=K[0, 0].item() / 64, background=[1., 1., 1.],
                 aspect=1.)
     with torch.no_grad():
-        g = denoiser.gaussians(denoiser.sample(x_src, eps), K.expand(8, -1))
+        mean = denoiser.mean(teacher(x_src[:1, None]))                        # (1, 24, 64, 64)
+        g = denoiser.gaussians(denoiser.sample(x_src, mean, eps), mean, K.expand(8, -1))
     monkeypatch.setattr(sample, "SIDE", 64)
     x = sample.photograph(sample.upright(g, look, 64), 21, look).astype(int)  # from 210 degrees
     warm = x[..., 0] - x[..., 2]                                              # red minus blue
@@ -2489,19 +2540,18 @@ def test_sampling_writes_pictures_and_splats_and_repeats_itself(trained, cars, t
 
 def test_guidance_is_the_error_against_the_views_after_the_first():
     """Against 0 for the splats' own pictures, the mean square by hand, a gradient."""
-    torch.manual_seed(0)
-    denoiser = Denoiser(ModelConfig(16, 8, (1, 2), 1, 8))
     s, K = random_splats(), pinhole(16)                                       # (2, 24, 16, 16)
+    gaussians = lambda s: splats_to_gaussians(s, K[:len(s)], TINY)
     w2c = torch.cat([sample.orbit(angle, LOOK) for angle in (0., 0.4, 3.0)], 1)
     w2c = w2c @ invert_pose(w2c[:, :1])                                       # (1, 3, 4, 4)
     cam = Camera(w2c, K[:1, None].expand(1, 3, 4), (16, 16))
     background = torch.ones(3)
-    x, _, _ = render(denoiser.gaussians(s[:1], K[:1]), cam, background)       # (1, 3, 3, 16, 16)
+    x, _, _ = render(gaussians(s[:1]), cam, background)                       # (1, 3, 3, 16, 16)
     s.requires_grad_()
-    error = sample.guidance(denoiser, x, cam, background)(s)                  # (2,)
+    error = sample.guidance(gaussians, x, cam, background)(s)                 # (2,)
     assert error[0] == 0 and error[1] > 1e-4
     assert torch.autograd.grad(error[1], s)[0][1].abs().max() > 0
-    grey = sample.guidance(denoiser, torch.full_like(x, 0.5), cam, background)(s[:1])
+    grey = sample.guidance(gaussians, torch.full_like(x, 0.5), cam, background)(s[:1])
     assert torch.allclose(grey, (x[:, 1:] - 0.5).square().mean(), rtol=1e-5)
 
 
@@ -2667,7 +2717,7 @@ def test_the_elevation_is_told_by_what_is_level(elevation):
 
 
 def test_the_viewer_gets_every_state_from_noise_to_the_result(tiny, tmp_path, monkeypatch):
-    """Against a model of its flags: pure noise first, the result of the .ply last."""
+    """Against a model of its flags: first the teacher plus pure noise, last the result's .ply."""
     got = []
     monkeypatch.setattr(sample, "viewer_html", lambda *args: got.append(args) or "<html>")
     image = pictures(tmp_path)[0]
@@ -2680,11 +2730,15 @@ def test_the_viewer_gets_every_state_from_noise_to_the_result(tiny, tmp_path, mo
     written = read_ply(tmp_path / "out" / "sample_1.ply")
     assert np.array_equal(written["y"], objects["sample 1"][-1].xyz[0, :, 1])
     denoiser, meta = load_network(tiny, Denoiser)
+    teacher, _ = load_network(tiny.with_name("teacher.pt"), Teacher)
+    x = sample.prepare(image, 16, meta["background"])                         # (16, 16, 3)
+    x = torch.from_numpy(x).movedim(-1, 0)[None, None] / 255                  # (1, 1, 3, 16, 16)
     eps = torch.randn(2, S, 16, 16, generator=torch.Generator().manual_seed(0))
-    noise = denoiser.gaussians(eps, torch.tensor([meta["K"]] * 2))            # the source's frame
+    with torch.no_grad():
+        mean = denoiser.mean(teacher(x))                                      # (1, 24, 16, 16)
+    noise = denoiser.gaussians(eps, mean, torch.tensor([meta["K"]] * 2))      # the source's frame
     noise = sample.upright(noise, look, 16)
-    assert torch.allclose(objects["sample 1"][0].xyz[0], noise.xyz[1], atol=1e-6)
-    assert torch.equal(objects["sample 1"][0].opacity[0], noise.opacity[1])
+    assert_same(objects["sample 1"][0], sample.one(noise, 1), 1e-5)
 
 
 def test_several_pictures_have_a_folder_each(tiny, tmp_path, monkeypatch):

@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 import data
 from model import (STEPS, T, T_STAR, WEIGHTINGS, Denoiser, ModelConfig, S, add_noise, denoise,
-                   lambda_t, load_checkpoint, load_network, normalise, pick_device, save_network,
+                   lambda_t, load_checkpoint, load_network, pick_device, save_network,
                    write_atomically)
 from rasterize import Camera, Captured, choose, fail, invert_pose, reading, render
 from sample import evaluate_few, preview, score_table
@@ -105,7 +105,7 @@ class Config:
 
 
 GPU = dict(n_train=2000, n_test=100, size=128, width=32, mult=(1, 2, 4, 4, 4), attn=16, bf16=True,
-           told=16, iters=(20000, 8000, 1000), batch=(32, 32, 16), lr=(1e-3, 5e-4, 5e-5),
+           told=16, iters=(20000, 14000, 600), batch=(32, 16, 16), lr=(1e-3, 5e-4, 5e-5),
            warmup=200, ema=0.999, w_3dgs=0.1, w_cyc=0.0, weighting="noise", t_known=80,
            steps=STEPS, graph=True, compile=True, eval_views=11, log_every=100,
            preview_every=2000, save_every=2000)
@@ -162,7 +162,9 @@ def stage_0(teacher, x, cam, background, t, eps, cfg):
     code = None
     if teacher.encoder:
         late = Camera(cam.w2c[half:], cam.K[half:], cam.hw)
-        code = teacher.code(x[half:], late, background)                       # (B - half, code)
+        with torch.no_grad():
+            alone = teacher(x[half:, :1])                                     # (B - half, 24, H, W)
+        code = teacher.code(alone, x[half:], late, background)                # (B - half, code)
         code = code + cfg.code_noise * eps[half:].flatten(1)[:, :cfg.code]    # eps is noise, too
         code = F.pad(code, (0, 0, half, 0))                                   # (B, code) 0: nothing
     raw, _ = teacher.unet(x[:, 0], code=code)                                 # (B, 24, H, W)
@@ -179,21 +181,25 @@ def stage_0(teacher, x, cam, background, t, eps, cfg):
 
 
 def noised_teacher(denoiser, teacher, x, cam, background, t, eps, cfg):
-    """-> s_teacher, s_t (B, 24, H, W) each, and the code (B, code). Ours: the teacher is told what
-    the further views show; with --code=0 it sees the source alone, as in the paper."""
+    """-> s_teacher, s_t (B, 24, H, W) each, their mean, and the code (B, code). Ours: the teacher
+    is told what the further views show; with --code=0 it sees the source alone, as in the paper."""
     with torch.no_grad():
-        code = teacher.code(x if cfg.code else x[:, :1], cam, background)     # (B, code)
-        raw, _ = teacher.unet(x[:, 0], code=code)                             # (B, 24, H, W)
-        s_teacher = normalise(raw, denoiser.stats)                            # (B, 24, H, W)
-    return s_teacher, add_noise(s_teacher, t, eps), code
+        code = None
+        alone = raw = teacher(x[:, :1])                                       # (B, 24, H, W)
+        if cfg.code:
+            code = teacher.code(alone, x, cam, background)                    # (B, code)
+            raw, _ = teacher.unet(x[:, 0], code=code)                         # (B, 24, H, W)
+        mean = denoiser.mean(alone)                               # (B, 24, H, W) or (1, 24, 1, 1)
+        s_teacher = denoiser.normalise(raw, mean)                             # (B, 24, H, W)
+    return s_teacher, add_noise(s_teacher, t, eps), mean, code
 
 
 def stage_1(denoiser, teacher, x, cam, background, t, eps, cfg):
     """Bootstrapping: L = || s - D(s_t) ||^2 + || x - R(D(s_t)) ||^2 + L_cyc through the teacher.
     Ours: + || code - what D reads off s_t ||^2."""
-    s_teacher, s_t, code = noised_teacher(denoiser, teacher, x, cam, background, t, eps, cfg)
-    s_hat, code_hat = denoiser.predict(s_t, t, x[:, 0])                       # (B, 24, H, W)
-    g = denoiser.gaussians(s_hat, cam.K[:, 0])
+    s_teacher, s_t, mean, code = noised_teacher(denoiser, teacher, x, cam, background, t, eps, cfg)
+    s_hat, code_hat = denoiser.predict(s_t, t, x[:, 0], mean)                 # (B, 24, H, W)
+    g = denoiser.gaussians(s_hat, mean, cam.K[:, 0])
     x_hat, _, _ = render(g, cam.views(slice(cfg.views)), background)          # (B, V, 3, H, W)
     losses = dict(loss_3dgs=F.mse_loss(s_hat, s_teacher), loss_image=image_loss(x_hat, x).mean())
     if cfg.w_cyc:
@@ -208,12 +214,12 @@ def stage_2(denoiser, teacher, x, cam, background, t, eps, cfg):
     """Multi-step: L = lambda_t || x - R(D o ... o D(s_t)) ||^2 + L_cyc through the frozen student.
     Gradients flow through every step. If s_t hides the answer, the average of all answers has the
     least loss. Ours: t is at most cfg.t_known, where s_t still shows it."""
-    s_teacher, s_t, _ = noised_teacher(denoiser, teacher, x, cam, background, t, eps, cfg)
+    s_teacher, s_t, mean, _ = noised_teacher(denoiser, teacher, x, cam, background, t, eps, cfg)
     step = denoiser
     if cfg.checkpoint:
         step = partial(checkpoint, denoiser, use_reentrant=False, preserve_rng_state=False)
-    *_, s_hat = denoise(step, s_t, t, x[:, 0], cfg.steps)                     # (B, 24, H, W)
-    g = denoiser.gaussians(s_hat, cam.K[:, 0])
+    *_, s_hat = denoise(step, s_t, t, x[:, 0], mean, cfg.steps)               # (B, 24, H, W)
+    g = denoiser.gaussians(s_hat, mean, cam.K[:, 0])
     x_hat, _, _ = render(g, cam.views(slice(cfg.views)), background)          # (B, V, 3, H, W)
     weight = lambda_t(t, cfg.weighting, cfg.t_star, cfg.t_known)              # (B,)
     losses = dict(loss_3dgs=F.mse_loss(s_hat, s_teacher),           # how far the teacher is behind
@@ -221,8 +227,11 @@ def stage_2(denoiser, teacher, x, cam, background, t, eps, cfg):
     if cfg.w_cyc:
         weights = {k: v.detach() for k, v in denoiser.named_parameters()}     # today's, but frozen
         start = eps, torch.full_like(t, T - 1)                      # ours: one step, from noise
-        frozen = lambda image, K: denoiser.gaussians(
-            functional_call(denoiser, weights, (*start, image)), K)
+
+        def frozen(image, K):
+            mean = denoiser.mean(teacher(image[:, None]))                     # (B, 24, H, W)
+            s = functional_call(denoiser, weights, (*start, image, mean))     # (B, 24, H, W)
+            return denoiser.gaussians(s, mean, K)
         losses["loss_cyc"] = cycle_loss(frozen, x, x_hat, cam, background)
     return total(losses, cfg.w_3dgs_2, cfg)
 
@@ -361,8 +370,9 @@ def train_stage(cfg, stage, views, test, state):
                           grad_norm=norm.item(), steps_per_s=bar.format_dict["rate"])
             bar.set_postfix_str(f"loss {record['loss']:.4f}")
             if shown:
-                preview(teacher or ema, ema if stage else None, test, cfg)
-                record |= evaluate_few(ema, test, cfg)
+                networks = teacher or ema, ema if stage else None
+                preview(*networks, test, cfg)
+                record |= evaluate_few(*networks, test, cfg)
             with open(out / "log.jsonl", "a") as file:     # after a kill some steps are there twice
                 file.write(json.dumps(record) + "\n")
         if done % cfg.save_every == 0 or state["left"] == 0:

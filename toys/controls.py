@@ -30,7 +30,8 @@ def by_codes(teacher, views, cfg):
     @torch.no_grad()
     def code(o):
         index = sample.told_views(views, o, cfg.told)                         # (1 + told,)
-        return teacher.code(*sample.scene(views, index, cfg))                 # (1, code)
+        x, cam, background = sample.scene(views, index, cfg)                  # (1, 1 + told, ..)
+        return teacher.code(teacher(x[:, :1]), x, cam, background)            # (1, code)
 
     def predict(o):
         x, cam, _ = sample.scene(views, sample.test_views(views, o)[:1], cfg)     # (1, 1, 3, H, W)
@@ -47,7 +48,8 @@ def by_optimised_teacher(teacher, views, cfg, steps=100):
         source, other = sample.opposite_views(views, o)
         index = torch.stack([source, source, other])                          # (3,)
         x, cam, background = sample.scene(views, index, cfg)                  # (1, 3, 3, H, W)
-        error = sample.guidance(teacher, x, cam, background)
+        gaussians = lambda raw: teacher.gaussians(raw, cam.K[:, 0])
+        error = sample.guidance(gaussians, x, cam, background)
         raw = teacher(x[:, :1]).requires_grad_()                              # (1, 24, H, W)
         adam = torch.optim.Adam([raw], lr=0.02)
         with torch.enable_grad():
@@ -55,7 +57,7 @@ def by_optimised_teacher(teacher, views, cfg, steps=100):
                 adam.zero_grad()
                 error(raw).sum().backward()
                 adam.step()
-        return teacher.gaussians(raw.detach(), cam.K[:, 0])
+        return gaussians(raw.detach())
     return predict
 
 
@@ -74,7 +76,8 @@ def main():
     teacher, _ = load_network(out / "teacher.pt", Teacher, cfg.device)
     rows = {"teacher, optimised on 1": by_optimised_teacher(teacher, views, cfg)}
     if teacher.encoder:
-        rows["teacher, told 1 view"] = sample.predictor(teacher, views, cfg, sample.opposite_views)
+        rows["teacher, told 1 view"] = sample.predictor(teacher, None, views, cfg,
+                                                        sample.opposite_views)
     if teacher.encoder and len(views) > 1:
         rows["teacher, codes of others"] = by_codes(teacher, views, cfg)
     scores = {name: sample.average_scores(sample.evaluate(

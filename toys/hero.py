@@ -39,7 +39,8 @@ def main():
                 background=meta["background"], aspect=1)
     rows = []                                              # of each car: input, frames
     for o in CARS:
-        predict = [sample.predictor(net, views, cfg, n=SAMPLES)(o) for net in (teacher, denoiser)]
+        predict = [sample.predictor(teacher, student, views, cfg, n=SAMPLES)(o)
+                   for student in (None, denoiser)]
         g = Gaussians(*map(torch.cat, zip(*predict)))                         # (1 + SAMPLES, N, ..)
         g = sample.upright(g, dict(look, focal=look["focal"] / ZOOM), size)
         x = sample.scene(views, sample.test_views(views, o)[:1], cfg)[0]      # (1, 1, 3, H, W)
