@@ -61,11 +61,12 @@ def splats_to_gaussians(raw, K, cfg):
     return Gaussians(xyz, scale.exp(), F.normalize(quat, dim=-1), opacity[..., 0].sigmoid(), sh)
 
 
-def canonical(raw):
-    """Quaternions to unit length and w >= 0: length and sign do not change the rotation, so noise
-    and losses should not depend on them."""
+def canonical(raw, mean=None):
+    """Quaternions to unit length and to the sign that is nearer to those of `mean`, or w >= 0:
+    length and sign do not change the rotation, so noise and losses should not depend on them."""
     q = F.normalize(raw[:, 8:12], dim=1)                                      # (B, 4, H, W)
-    q = torch.where(q[:, :1] < 0, -q, q)
+    near = q[:, :1] if mean is None else (q * mean[:, 8:12]).sum(1, keepdim=True)
+    q = torch.where(near < 0, -q, q)
     return torch.cat([raw[:, :8], q, raw[:, 12:]], 1)
 
 
@@ -73,7 +74,7 @@ def normalise(raw, mean, std):
     """Raw splats -> what they differ by from `mean` (B or 1, 24, H, W), see `Denoiser.mean`, in
     units of std (24, 1, 1) over the teacher's outputs (our choice: raw channels differ by orders of
     magnitude)."""
-    return (canonical(raw) - mean) / std
+    return (canonical(raw, mean) - mean) / std
 
 
 def denormalise(s, mean, std):
@@ -254,7 +255,7 @@ class UNet(nn.Module):
 T = 100          # noise levels (paper)
 T_STAR = 20      # stage 2 starts above this level (paper)
 STEPS = 10       # DDIM steps, in stage 2 and when sampling (paper)
-RHO = 0.2        # strength of guidance (ours)
+RHO = 4          # strength of guidance: how many deviations of its noise s_t is moved (ours)
 
 
 def alpha_bar(t):
@@ -300,13 +301,13 @@ def denoise(denoiser, s_t, t, x_src, mean, steps=STEPS, guide=None):
 
 
 def guided(denoiser, s_t, t, x_src, mean, guide):
-    """-> s_hat, and d guide(s_hat) / d s_t *through* D, scaled to mean square 1 per sample."""
+    """-> s_hat, and d guide(s_hat) / d s_t *through* D, scaled to length 1 per sample."""
     with torch.enable_grad():
         s_t = s_t.detach().requires_grad_()
         s_hat = denoiser(s_t, t, x_src, mean)                                 # (B, 24, H, W)
         slope, = torch.autograd.grad(guide(s_hat).sum(), s_t)                 # (B, 24, H, W)
-    size = slope.square().mean((1, 2, 3), keepdim=True).sqrt()                # (B, 1, 1, 1)
-    return s_hat.detach(), slope / size.clamp(min=1e-12)
+    length = slope.square().sum((1, 2, 3), keepdim=True).sqrt()               # (B, 1, 1, 1)
+    return s_hat.detach(), slope / length.clamp(min=1e-12)
 
 
 WEIGHTINGS = {"noise":    lambda a: 1 - a,                         # most where sampling starts
@@ -418,7 +419,7 @@ def load_checkpoint(path):
 
 def save_network(path, network, meta, half=True):
     """Weights, in half precision, with what is needed to use them. meta: plain values."""
-    state = {k: v.half() if half and v.is_floating_point() and k != "stats" else v
+    state = {k: (v.half() if half and v.is_floating_point() and k != "stats" else v).cpu()
              for k, v in network.state_dict().items()}
     content = dict(network=type(network).__name__, config=asdict(network.cfg), state=state,
                    meta=meta)

@@ -105,8 +105,8 @@ class Config:
 
 
 GPU = dict(n_train=2000, n_test=100, size=128, width=32, mult=(1, 2, 4, 4, 4), attn=16, bf16=True,
-           told=16, iters=(20000, 14000, 600), batch=(32, 16, 16), lr=(1e-3, 5e-4, 5e-5),
-           warmup=200, ema=0.999, w_3dgs=0.1, w_cyc=0.0, weighting="noise", t_known=80,
+           told=16, iters=(20000, 14000, 0), batch=(32, 16, 16), lr=(1e-3, 5e-4, 5e-5),
+           warmup=200, ema=0.999, w_3dgs=0.1, w_cyc=0.0, weighting="noise", t_known=50,
            steps=STEPS, graph=True, compile=True, eval_views=11, log_every=100,
            preview_every=2000, save_every=2000)
 # What the paper says, and where it is silent Splatter Image: its teacher is --width=128 --blocks=4.
