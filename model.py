@@ -70,18 +70,6 @@ def canonical(raw, mean=None):
     return torch.cat([raw[:, :8], q, raw[:, 12:]], 1)
 
 
-def normalise(raw, mean, std):
-    """Raw splats -> what they differ by from `mean` (B or 1, 24, H, W), see `Denoiser.mean`, in
-    units of std (24, 1, 1) over the teacher's outputs (our choice: raw channels differ by orders of
-    magnitude)."""
-    return (canonical(raw, mean) - mean) / std
-
-
-def denormalise(s, mean, std):
-    """The inverse of `normalise`, up to the length and sign of quaternions."""
-    return s * std + mean
-
-
 # ---- U-Net ---------------------------------------------------------------------------------------
 # DDPM++ (Song et al. 2021), named and shaped as in Splatter Image's checkpoints. Without dropout.
 
@@ -348,11 +336,13 @@ class Denoiser(nn.Module):
         return self.normalise(raw, mean), code
 
     def normalise(self, raw, mean):
-        return normalise(raw, mean, self.stats[1, :, None, None])
+        """Raw splats -> s (B, 24, H, W): by how much they differ from `mean`, in units of the
+        deviation of the teacher's splats (our choice: channels differ by orders of magnitude)."""
+        return (canonical(raw, mean) - mean) / self.stats[1, :, None, None]
 
     def gaussians(self, s, mean, K):
-        """Normalised splats (B, 24, H, W) -> Gaussians in the frame of the camera K (B, 4)."""
-        return splats_to_gaussians(denormalise(s, mean, self.stats[1, :, None, None]), K, self.cfg)
+        """The inverse, as Gaussians in the frame of the camera K (B, 4)."""
+        return splats_to_gaussians(s * self.stats[1, :, None, None] + mean, K, self.cfg)
 
     def sample(self, x_src, mean, eps, steps=STEPS, guide=None):
         """Pure noise eps (B, 24, H, W) -> normalised splats of the object in x_src (B, 3, h, w)."""

@@ -30,7 +30,7 @@ import pytest
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")   # as the scripts do
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 
 import data
 import rasterize
@@ -39,8 +39,8 @@ import toys.cars
 import train
 from csrc.bench import benchmark_scene, random_views
 from model import (RHO, T, T_STAR, S, Denoiser, ModelConfig, add_noise, alpha_bar, canonical,
-                   ddim_step, denoise, denormalise, lambda_t, load_checkpoint, load_network,
-                   normalise, save_network, signal_noise, splats_to_gaussians, write_atomically)
+                   ddim_step, denoise, lambda_t, load_checkpoint, load_network, save_network,
+                   signal_noise, splats_to_gaussians, write_atomically)
 from rasterize import (ALPHA_MAX, C0, C1, LOW_PASS, NEAR, Camera, Gaussians, invert_pose,
                        matrix_to_quat, quat_to_matrix, render, transform)
 from teacher import Teacher, can_be_told, given_teacher, load_splatter_image, splat_statistics
@@ -136,44 +136,20 @@ def awkward_scene(B=2, V=3, N=40, hw=(17, 33), degree=1, dtype=torch.float64, se
     return g.to(dtype), Camera(cam.w2c, K, hw).to(dtype), rand(B, 3).to(dtype)
 
 
-def one_gaussian(xyz=(0., 0., 2.), scale=(.1, .1, .1), opacity=0.8, rgb=(.9, .5, .2), hw=(9, 9),
-                 dtype=torch.float64):
+def one_gaussian(xyz=(0., 0., 2.), scale=(.1, .1, .1), opacity=0.8, rgb=(.9, .5, .2), hw=(9, 9)):
     """One Gaussian before a camera with f = 20 whose axis hits the centre of the middle pixel."""
-    t = lambda x: torch.tensor(x, dtype=dtype)
+    t = lambda x: torch.tensor(x, dtype=torch.float64)
     g = Gaussians(t([[xyz]]), t([[scale]]), t([[[1., 0, 0, 0]]]), t([[opacity]]),
                   ((t(rgb) - 0.5) / C0)[None, None, None])
     K = t([[[20., 20., hw[1] / 2, hw[0] / 2]]])
-    return g, Camera(torch.eye(4, dtype=dtype)[None, None], K, hw)
+    return g, Camera(torch.eye(4).double()[None, None], K, hw)
 
 
 def join(*gs):
     return Gaussians(*[torch.cat(x, 1) for x in zip(*gs)])
 
 
-def assert_close_but_for_flips(mine, theirs, tolerance, fraction=1e-4):
-    """Rounding moves a few fragments across 1/255, 0.99 or 1e-4, or past a neighbour in depth: a
-    small fraction of the numbers may differ by more than the tolerance x the largest."""
-    mine, theirs = mine.double().cpu(), theirs.double().cpu()
-    assert mine.isfinite().all()
-    off = (mine - theirs).abs() > tolerance * theirs.abs().max()
-    assert off.double().mean() <= fraction, off.double().mean()
-
-
 # ---- one and a few Gaussians ---------------------------------------------------------------------
-
-def turned_scene(centres, scale, hw):
-    """Gaussians with those x/z, y/z, z, turned every way, before a turned camera with fx != fy."""
-    rng = torch.Generator().manual_seed(0)
-    def normal(*shape):
-        return torch.randn(*shape, generator=rng, dtype=torch.float64)
-    u, w2c, N = torch.tensor(centres).double(), torch.eye(4).double(), len(centres)
-    w2c[:3, :3], w2c[:3, 3] = quat_to_matrix(normal(4)), normal(3)
-    xyz = (torch.cat([u[:, :2] * u[:, 2:], u[:, 2:]], 1) - w2c[:3, 3]) @ w2c[:3, :3]   # (N, 3)
-    g = Gaussians(xyz[None], torch.tensor(scale).double().repeat(1, N, 1), normal(1, N, 4),
-                  torch.full((1, N), 0.8).double(), 0.5 * normal(1, N, 4, 3))
-    K = torch.tensor([[[20, 26, 0.6 * hw[1], 0.45 * hw[0]]]]).double()
-    return g, Camera(w2c[None, None], K, hw), normal(1, 3).abs()
-
 
 def by_numpy(g, cam, background):
     """(rgb, alpha, depth) of one image in which no pixel is finished, all in another way: J by
@@ -212,8 +188,17 @@ def by_numpy(g, cam, background):
                                      [(.05, .03, 2.), (.3, .2, 2.5), (-.1, 0., 1.5)]],
                          ids=["inside", "off to the right", "off the corner", "overlapping"])
 def test_turned_gaussians_look_as_numpy_says(painter, centres):
-    """Against another computation, in any order; the slope of J is held off screen."""
-    g, cam, background = turned_scene(centres, (.8, 8., 2.), (5, 5))
+    """Against another computation, in any order, of Gaussians with these x/z, y/z, z, turned every
+    way, before a turned camera with fx != fy; the slope of J is held off screen."""
+    rng = torch.Generator().manual_seed(0)
+    normal = lambda *shape: torch.randn(*shape, generator=rng, dtype=torch.float64)
+    u, w2c, N = torch.tensor(centres).double(), torch.eye(4).double(), len(centres)
+    w2c[:3, :3], w2c[:3, 3] = quat_to_matrix(normal(4)), normal(3)
+    xyz = (torch.cat([u[:, :2] * u[:, 2:], u[:, 2:]], 1) - w2c[:3, 3]) @ w2c[:3, :3]   # (N, 3)
+    g = Gaussians(xyz[None], torch.tensor([.8, 8., 2.]).double().repeat(1, N, 1), normal(1, N, 4),
+                  torch.full((1, N), 0.8).double(), 2 * normal(1, N, 4, 3))   # colours < 0, > 1
+    cam = Camera(w2c[None, None], torch.tensor([[[20, 26, 3, 2.25]]]).double(), (5, 5))
+    background = normal(1, 3).abs()
     images, _ = painter(g, cam, background)
     assert images[1].min() > 0.1
     assert_same(images, by_numpy(g, cam, background), max(painter.image, 1e-8))
@@ -245,29 +230,6 @@ def test_opacity_counts_from_1_255_to_0_99(painter, o, gradient):
     (_, alpha, _), d = painter(*flat(o), torch.zeros(1, 3), d_out=(0, 1, 0))
     assert abs(alpha.item() - (min(o, ALPHA_MAX) if o >= 1 / 255 else 0)) < 3e-7
     assert abs(d[3].item() - gradient) < 1e-5 and (gradient or not any(x.any() for x in d))
-
-
-@every_painter
-def test_of_ten_opaque_gaussians_three_are_seen_and_seven_get_exactly_no_gradient(painter):
-    """Against 0.05^3: a fourth would leave 6e-6 of the light, less than 1e-4."""
-    g = join(*[flat(0.95, 2 + k / 10)[0] for k in range(10)])
-    (_, alpha, _), d = painter(g, flat(0.)[1], torch.ones(1, 3))
-    assert abs(alpha.item() - (1 - 0.05 ** 3)) < 1e-6
-    assert d[3][0, :3].all() and not any(x[0, 3:].any() for x in d)
-
-
-@every_painter
-def test_colour_ends_at_0_but_not_at_1_and_the_background_counts_once(painter):
-    """Against o c + (1 - o) bg and dL/do = <c - bg, d>, of a loss that sees colour alone."""
-    g, cam = flat(0.6, rgb=(-.5, .5, 1.7))
-    colour, d_rgb = (0.5 + C0 * g.sh[0, 0]).clamp(min=0), torch.tensor([[.4, -1., .3]]).double()
-    for bg in torch.tensor([[[0., 0, 0]], [[.1, .7, .3]]]).double():          # (1, rgb)
-        (rgb, _, _), d = painter(g, cam, bg, d_out=(d_rgb.view(3, 1, 1), 0, 0))
-        assert_same([rgb.view(1, 3)], [0.6 * colour + 0.4 * bg], painter.image)
-        assert_same([d[3][0], d[4][0, 0]],
-                    [((colour - bg) * d_rgb).sum(1), 0.6 * C0 * d_rgb * (colour > 0)],
-                    painter.gradient)
-        assert d[4][0, 0, 0, 0] == 0
 
 
 @every_painter
@@ -321,12 +283,14 @@ def test_the_kernels_draw_the_reference(painter, case):
 @pytest.mark.parametrize("N, size", [(1025, 40), (4096, (256, 384)), (4097, 64), (16384, 128),
                                      (16385, (128, 160))])
 def test_at_full_size_float32_draws_what_float64_draws(painter, N, size):
-    """Against float64 on the CPU."""
+    """Against float64 on the CPU. Rounding moves a few fragments across 1/255, 0.99 or 1e-4, or
+    past a neighbour in depth: a small fraction of the numbers may differ by more."""
     scene = *benchmark_scene(2, 2, N, size), torch.ones(2, 3)
     images, gradients = cpu64(*scene)
     mine, d_mine = painter(*scene)
     for a, b in zip((*mine, *d_mine), (*images, *gradients)):
-        assert_close_but_for_flips(a, b, 1e-4 if a.dim() == 5 else 1e-3, 1e-3)
+        off = (a - b).abs() > (1e-4 if a.dim() == 5 else 1e-3) * b.abs().max()
+        assert a.isfinite().all() and off.double().mean() <= 1e-3
     assert (mine[1] - images[1]).abs().max() <= 1 / 255 + 1e-4                # alpha
 
 
@@ -372,8 +336,6 @@ def test_the_number_of_threads_changes_no_bit(V):
     for other in results[1:]:
         assert_same(other, results[0], 0)
 
-
-# ---- the call ------------------------------------------------------------------------------------
 
 @every_painter
 def test_inputs_may_be_strided_and_gradients_partial(painter):
@@ -426,8 +388,6 @@ def test_rotations_survive_the_way_to_quaternions_and_back():
     assert torch.allclose(quat_to_matrix(matrix_to_quat(R)), R, atol=1e-6)
     assert (matrix_to_quat(R)[:, 0] >= 0).all()
 
-
-# ---- bad input -----------------------------------------------------------------------------------
 
 @float_kernels
 @pytest.mark.parametrize("field, value", [
@@ -565,7 +525,7 @@ def copy_of(root, to):
 def refused(call, *args, **more):
     """The one line in which a call ends."""
     with pytest.raises(SystemExit) as e:
-        call(*args, **more, quiet=True)
+        call(*args, **more)
     assert e.value.code.startswith("error: ") and "\n" not in e.value.code
     return e.value.code
 
@@ -680,6 +640,20 @@ def write_clip(folder, c2w, K, pictures, kind="png"):
     (folder.parent / f"{folder.name}.txt").write_text("\n".join(lines) + "\n")
 
 
+def assert_the_point_is_on_its_pixel(views, which, point, atol):
+    """The pinhole formula for a point (3,) against the middle of what is not background."""
+    where, K = views.c2w[which].double(), views.K[which]
+    p = where[:, :3, :3].mT @ (point - where[:, :3, 3])[:, :, None]                 # (V, 3, 1)
+    uv = (p[:, :2, 0] / p[:, 2] * K[:, :2] + K[:, 2:4]).numpy()
+    backdrop = torch.tensor(views.meta["background"])[:, None, None]
+    cover = (views.images[which] / 255. - backdrop).abs().mean(1).numpy()           # (V, H, W)
+    cover *= cover > .05                                            # the noise of JPEG
+    cover /= cover.sum((1, 2), keepdims=True)
+    _, H, W = cover.shape
+    np.testing.assert_allclose((cover.sum(1) * (np.arange(W) + .5)).sum(1), uv[:, 0], atol=atol)
+    np.testing.assert_allclose((cover.sum(2) * (np.arange(H) + .5)).sum(1), uv[:, 1], atol=atol)
+
+
 @pytest.mark.parametrize("write, dataset, folder", [
     (write_srn, "cars", "srn_cars/cars_train/a"),
     (write_srn, "chairs", "srn_chairs/chairs_train/chairs_2.0_train/a"),
@@ -700,15 +674,7 @@ def test_a_known_point_lands_on_its_pixel_in_every_layout(write, dataset, folder
     if own:
         shown = (views.K[:, 4] * 64 / views.K[:, 0]).mean()         # across, at the object
         np.testing.assert_allclose(shown, data.EXTENT, rtol=1e-5)
-    point = torch.from_numpy(POINT) * scale
-    p = where[:, :3, :3].mT @ (point - where[:, :3, 3])[:, :, None]                 # (V, 3, 1)
-    uv = (p[:, :2, 0] / p[:, 2] * views.K[:, :2] + views.K[:, 2:4]).numpy()
-    backdrop = torch.tensor(views.meta["background"])[:, None, None]
-    cover = (views.images / 255. - backdrop).abs().mean(1).numpy()                  # (V, S, S)
-    cover /= cover.sum((1, 2), keepdims=True)
-    pixel = np.arange(64) + .5
-    np.testing.assert_allclose((cover.sum(1) * pixel).sum(1), uv[:, 0], atol=.15)
-    np.testing.assert_allclose((cover.sum(2) * pixel).sum(1), uv[:, 1], atol=.15)
+    assert_the_point_is_on_its_pixel(views, slice(5), torch.from_numpy(POINT) * scale, .15)
     if views.K.shape[1] == 5:               # the depth of the middle, and of a splat without depth
         depth = np.array([1.3, 1.5, 1.7, 1.9, 2.1]) * scale.item()
         np.testing.assert_allclose(views.K[:, 4], depth, rtol=1e-5)
@@ -744,20 +710,12 @@ def test_a_known_point_lands_on_its_pixel_in_the_stretched_frames_of_clips(tmp_p
     want = torch.tensor(lens) * torch.tensor([72 / 192, 48 / 96] * 2)
     torch.testing.assert_close(views.K, want.expand(8, 4))
     for first, last, unit in (0, 5, ROUND), (5, 8, moved[:3]):
-        where = views.c2w[first:last].double()                      # (V, 4, 4)
-        images = views.images[first:last]                           # (V, 3, H, W)
-        eye = where[:, :3, 3]                                       # (V, 3)
+        eye = views.c2w[first:last, :3, 3].double()                 # (V, 3)
         spread = np.sqrt(((unit[:, :3, 3] - unit[:, :3, 3].mean(0)) ** 2).sum(1).mean())
         np.testing.assert_allclose((eye - eye.mean(0)).square().sum(1).mean(), 1, rtol=1e-5)
         np.testing.assert_allclose(eye, unit[:, :3, 3] / spread, rtol=1e-5, atol=1e-5)
         point = torch.from_numpy(POINT if last == 5 else 40 * POINT + [5, -3, 7]) / spread
-        p = where[:, :3, :3].mT @ (point - eye)[:, :, None]         # (V, 3, 1)
-        uv = (p[:, :2, 0] / p[:, 2] * views.K[0, :2] + views.K[0, 2:]).numpy()
-        cover = (images / 255. - .5).abs().mean(1).numpy()          # (V, H, W)
-        cover *= cover > .05                                        # the noise of JPEG
-        cover /= cover.sum((1, 2), keepdims=True)
-        np.testing.assert_allclose((cover.sum(1) * (np.arange(72) + .5)).sum(1), uv[:, 0], atol=.2)
-        np.testing.assert_allclose((cover.sum(2) * (np.arange(48) + .5)).sum(1), uv[:, 1], atol=.2)
+        assert_the_point_is_on_its_pixel(views, slice(first, last), point, .2)
     (folder / "a.txt").write_text((folder / "a.txt").read_text() + "\n")         # a blank line
     assert data.load(tmp_path, "re10k", "test", 48).meta["fingerprint"] == views.meta["fingerprint"]
     assert len([*tmp_path.glob(".cache/*")]) == 4                   # the cameras count, too
@@ -845,7 +803,6 @@ def test_matches_in_real_clips_lie_on_their_epipolar_lines(tmp_path):
         assert sum(map(len, right)) > 100
         medians.append([torch.cat(right).median(), torch.cat(wrong).median()])
     right, wrong = torch.tensor(medians).T                          # (5,) (5,)
-    print(*views.names, right, wrong)
     assert (right <= .6).all() and (wrong > 1.2 * right).all() and wrong.sum() > 1.5 * right.sum()
 
 
@@ -868,16 +825,24 @@ def test_pictures_of_ones_own_are_split_by_object_or_by_file(tmp_path):
     assert [len(splits[split].images) for split in ("train", "test")] == [5, 3]
 
 
-def test_sequences_without_pictures_or_finite_cameras_are_left_out(tmp_path):
-    """Against Splatter Image, which leaves both behind and skips them."""
-    split = tmp_path / "co3d_hydrant_for_gs/train"
-    write_co3d(split / "good", LOOKS, (32, 32, 16, 16), GREY)
+def test_what_else_lies_in_folders_is_left_out(tmp_path):
+    """Against what Splatter Image leaves of CO3D, macOS's ._ files and a link that leads nowhere,
+    in a folder named like a pattern."""
+    split, K = tmp_path / "co3d_hydrant_for_gs/train", (32, 32, 16, 16)
+    write_co3d(split / "good", LOOKS, K, GREY)
     bad = np.where(np.arange(5)[:, None, None] == 2, np.nan, LOOKS)
-    write_co3d(split / "bad", bad, (32, 32, 16, 16), GREY)
+    write_co3d(split / "bad", bad, K, GREY)
     (split / "empty").mkdir()
     views = data.load(tmp_path, "hydrants", "train", 16, quiet=True)
     assert views.names == ["good"]
     assert set(views.images.flatten().tolist()) == {39}                   # 100 * 100 / 255
+    folder = tmp_path / "**a [b]/x"
+    write_srn(folder, LOOKS, K, GREY)
+    for name in "rgb/._000000.png", "pose/._000000.txt", ".DS_Store":
+        (folder / name).write_bytes(b"no")
+    (folder / "rgb/000009.png").symlink_to("nowhere")
+    views = data.load(tmp_path, str(folder.parent), "train", 16, quiet=True)
+    assert len(views.images) == 5 and views.names == ["x"]
 
 
 def test_the_hidden_door_is_drawn_independently_and_painted_both_ways(cars):
@@ -940,37 +905,16 @@ def test_the_packed_file_is_rebuilt_when_a_file_changes_and_never_used_half_writ
 
 
 def test_alpha_is_straight_but_in_srn_only_a_mask(tmp_path):
-    """Against hand-made pixels on white and on black, of every kind of picture."""
-    def read(pixel, kind=np.uint8, background=(1, 1, 1), name="x.png", change=lambda image: image):
-        image = Image.fromarray(np.full((2, 3, *np.shape(pixel)), pixel, kind))
-        change(image).save(tmp_path / name)
-        return data.on_background(data.read_rgba(tmp_path / name), background)[0, 0].tolist()
-    assert read((180, 180, 190, 128)) == [217, 217, 222]
+    """Against hand-made pixels on white and on black, and of 16 bits; more with masks, below."""
+    def read(pixel, kind=np.uint8, background=(1, 1, 1)):
+        Image.fromarray(np.full((2, 3, *np.shape(pixel)), pixel, kind)).save(tmp_path / "x.png")
+        return data.on_background(data.read_rgba(tmp_path / "x.png"), background)[0, 0].tolist()
     assert read((205, 55, 5, 128), background=(0, 0, 0)) == [103, 28, 3]
     assert read((0, 0, 0, 0)) == [255, 255, 255]
     assert read(77) == read(257 * 77, np.uint16) == [77] * 3
-    assert read(257 * 77, np.int32, name="x.tif") == [77] * 3
-    assert read((9, 8, 7), change=lambda image: image.quantize(4)) == [9, 8, 7]
-    for number, kind in (.5, np.float32), (300, np.float32), (-1, np.int32), (70000, np.int32):
-        with pytest.raises(SystemExit, match="its numbers go from"):
-            read(number, kind, name="x.tif")
     write_srn(tmp_path / "a", LOOKS[:1], (32, 32, 16, 16), [np.full((32, 32, 4), 128, np.uint8)])
     pixels, _, _ = data.read_object(tmp_path / "a", "train", 32, dict(background=(1., 1., 1.)))
     assert (pixels == 128).all()
-
-
-@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
-def test_a_picture_is_turned_once(mode, tmp_path):
-    """Against the turn by hand that each orientation of EXIF asks for."""
-    pixels = np.arange(6 * 8 * 4, dtype=np.uint8).reshape(6, 8, 4)
-    image = Image.fromarray(pixels).convert(mode)
-    exif = Image.Exif()
-    for turn, quarters in (1, 0), (3, 2), (6, -1), (8, 1):
-        exif[0x0112] = turn
-        want = np.rot90(image.convert("RGBA"), quarters)
-        for name, more in ("x.tif", {}), ("x.tif", dict(compression="tiff_lzw")), ("x.png", {}):
-            image.save(tmp_path / name, exif=exif, **more)
-            assert np.array_equal(data.read_rgba(tmp_path / name), want), (name, turn)
 
 
 def png(path, depth, colour, row, key):
@@ -993,82 +937,55 @@ def test_the_transparent_value_of_a_png_has_its_depth(depth, colour, row, key, g
     assert first.tolist() == [grey] * 3 + [255] and second[3] == 0
 
 
-def test_what_systems_leave_in_folders_is_no_picture(tmp_path):
-    """Against macOS's ._ files and a link that leads nowhere, in a folder named like a pattern."""
-    folder = tmp_path / "**a [b]/x"
-    write_srn(folder, LOOKS, (32, 32, 16, 16), GREY)
-    for name in "rgb/._000000.png", "pose/._000000.txt", ".DS_Store":
-        (folder / name).write_bytes(b"no")
-    (folder / "rgb/000009.png").symlink_to("nowhere")
-    views = data.load(tmp_path, str(folder.parent), "train", 16, quiet=True)
-    assert len(views.images) == 5 and views.names == ["x"]
-
-
-def spoil(path, how):
-    """None: delete; (a, b): put b for a in the text; an array, arrays, a picture, bytes: write."""
-    if how is None:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    elif isinstance(how, tuple):
-        assert how[0] in path.read_text()
-        path.write_text(path.read_text().replace(*how))
-    elif isinstance(how, np.ndarray):
-        np.save(path, how)
-    elif isinstance(how, dict):
-        np.savez(path, **how)
-    else:
-        how.save(path) if isinstance(how, Image.Image) else path.write_bytes(how)
-
-
 POSE, PICTURE, NERF, MASKED = ("pose/000003.txt", "rgb/000003.png", "transforms.json",
                                "images_fg.npy")
-TURNED, EXIF = io.BytesIO(), Image.Exif()
-EXIF[0x0112] = 6
-Image.new("RGB", (16, 32)).save(TURNED, "PNG", exif=EXIF)
 
 
 @pytest.mark.parametrize("write, name, how, said", [
     (write_srn, "intrinsics.txt", None, "no objects with cameras"),
     (write_srn, "intrinsics.txt", b"a b c\n", "intrinsics.txt"),
     (write_srn, "intrinsics.txt", b"-1 64 64 0.\n128 128\n", "intrinsics.txt"),
-    (write_srn, "intrinsics.txt", b"131 32 64 0.\n128 64\n", "intrinsics.txt"),
     (write_srn, "intrinsics.txt", b"131 64 129 0.\n128 128\n", "intrinsics.txt"),
     (write_srn, "rgb", None, "rgb/000000.png"), (write_srn, POSE, None, POSE),
     (write_srn, POSE, b"1 " * 15, POSE), (write_srn, POSE, b"nan " * 16, POSE),
-    (write_srn, POSE, b"2 0 0 0 0 1 0 0 0 0 1 1 0 0 0 1", POSE),            # not rigid, mirrored
-    (write_srn, POSE, b"-1 0 0 0 0 1 0 0 0 0 1 1 0 0 0 1", POSE),
+    (write_srn, POSE, b"-1 0 0 0 0 1 0 0 0 0 1 1 0 0 0 1", POSE),           # mirrored
     (write_srn, PICTURE, b"\x89PNG\r\n\x1a\n", PICTURE),
     (write_srn, PICTURE, Image.new("RGB", (32, 24)), PICTURE),
     (write_nerf, NERF, b"{", "not NeRF's transforms"), (write_nerf, "r_3.png", b"no", "r_3.png"),
     (write_nerf, NERF, b'{"frames": []}', "a: not an object"),
     (write_nerf, "r_3.png", None, "r_3.png: not a readable image"),
-    (write_nerf, "r_3.png", TURNED.getvalue(), "EXIF"),
     (write_nerf, NERF, ("./r_3", "../r_3"), "not below this folder"),
     (write_nerf, NERF, ("camera_angle_x", "angle"), "fl_x or camera_angle_x"),
     (write_nerf, NERF, ("[[0.0, -0.8", "[[9.0, -0.8"), "r_0.png: not a pose"),
-    (write_nerf, NERF, ("[[0.0, -0.8", "[[NaN, -0.8"), "r_0.png: not a pose"),
     (write_clip, "../a.txt", None, "no objects with cameras"),
     (write_clip, "../a.txt", b"url\n0 1 1 .5 .5\n", "a.txt: not a clip"),
-    (write_clip, "../a.txt", b"url\n", "a.txt: not a clip"),
     (write_clip, "../a.txt", ("0 1.000000000", "0 0.000000000"), "a.txt: no focal length"),
     (write_clip, "../a.txt", (" -0.8", " -9.8"), "a.txt: 0: not a pose"),
-    (write_clip, "../a.txt", (" -0.800000000", " nan"), "a.txt: 0: not a pose"),
     (write_clip, "100101.png", None, "a/100101.jpg: not a readable image"),
     (write_clip, "100101.png", b"no", "a/100101.png: not a readable image"),
     (write_co3d, MASKED, b"no", MASKED), (write_co3d, MASKED, np.zeros((4, 3, 8, 8)), MASKED),
-    (write_co3d, MASKED, np.full((5, 3, 32, 32), 255.), MASKED),
     (write_co3d, MASKED, np.full((5, 3, 32, 32), np.nan), MASKED),
-    (write_co3d, "focal_lengths.npy", np.zeros(5), "focal_lengths.npy"),
     (write_co3d, "focal_lengths.npy", np.array([1, 1, 1, 1, np.inf]), "focal_lengths.npy"),
     (write_co3d, "../camera_Rs.npz", dict(b=np.eye(3)), "no objects with cameras"),
     (write_co3d, "../camera_Rs.npz", dict(a=np.ones((5, 3, 3))), "camera_Rs.npz: a: not a pose")])
 def test_bad_files_are_named_in_one_line(write, name, how, said, tmp_path):
-    """Against each way of spoiling an object; nothing packed is left behind."""
+    """Against each way of spoiling an object; nothing packed is left behind. None: delete; (a, b):
+    put b for a in the text; an array, arrays, a picture, bytes: write."""
     dataset, base = {
         write_srn: ("cars", "srn_cars/cars_train"), write_nerf: (str(tmp_path), ""),
         write_co3d: ("hydrants", "co3d_hydrant_for_gs/train"),
         write_clip: ("re10k", "re10k/train")}[write]
     write(tmp_path / base / "a", LOOKS, (32, 32, 16, 16), GREY)
-    spoil(tmp_path / base / "a" / name, how)
+    path = tmp_path / base / "a" / name
+    if how is None:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    elif isinstance(how, tuple):
+        assert how[0] in path.read_text()
+        path.write_text(path.read_text().replace(*how))
+    elif isinstance(how, (np.ndarray, dict)):
+        np.savez(path, **how) if isinstance(how, dict) else np.save(path, how)
+    else:
+        how.save(path) if isinstance(how, Image.Image) else path.write_bytes(how)
     assert said in refused(data.load, tmp_path, dataset, "train", 16)
     assert not list(tmp_path.glob(".cache/*"))
 
@@ -1090,28 +1007,19 @@ def write_own(folder, camera=(), frame=(), hw=(64, 64), pixel=(90, 90, 90)):
 @pytest.mark.parametrize("more, want", [
     (dict(camera=dict(camera_model="OPENCV", k1=0.0, k4=0, p1=0.0)), (80, 80, 32, 32)),
     (dict(hw=(32, 32)), (80, 80, 32, 32)),                          # resized, w and h are not
-    (dict(camera=dict(cy=16, h=32), hw=(32, 64)), (80, 80, 32, 32)),
     (dict(camera=dict(fl_x=None, fl_y=None, camera_angle_x=np.pi / 2, camera_angle_y=np.pi / 2.5)),
      (32, 32 / np.tan(np.pi / 5), 32, 32)),
-    (dict(camera=dict(depth_unit_scale_factor=1e-3, ply_file_path="no.ply", aabb_scale=16, scale=.5,
-                      offset=[.5] * 3, applied_transform=np.eye(4)[:3].tolist(), n_frames=6,
-                      orientation_override="none", is_fisheye=False, rolling_shutter=[0] * 4),
-          frame=dict(colmap_im_id=7, sharpness=30.0, depth_file_path="no.png")), (80, 80, 32, 32)),
+    (dict(camera=dict(aabb_scale=16, is_fisheye=False, rolling_shutter=[0] * 4),
+          frame=dict(colmap_im_id=7, sharpness=30.0)), (80, 80, 32, 32)),
     (dict(camera=dict(camera_model="OPENCV_FISHEYE")), "OPENCV_FISHEYE"),
-    (dict(frame=dict(camera_model="EQUIRECTANGULAR")), "EQUIRECTANGULAR"),
     (dict(camera=dict(k4=0.2)), "k4"), (dict(frame=dict(k5=1e-3)), "k5"),
-    (dict(camera=dict(distortion_params=[0, 0, .1])), "distortion_params"),
-    (dict(frame=dict(is_fisheye=True)), "is_fisheye"), (dict(camera=dict(ftheta_p0=1.)), "ftheta"),
-    (dict(camera=dict(rolling_shutter=[0, 0, 1, 0])), "rolling_shutter"),
-    (dict(camera=dict(white_transparent=True)), "white_transparent"),
-    (dict(camera=dict(fl_x=math.nan)), "focal"), (dict(frame=dict(fl_y=math.inf)), "focal"),
-    (dict(camera=dict(fl_x=-80, fl_y=-80)), "focal"), (dict(frame=dict(cx=65)), "principal"),
-    (dict(frame=dict(cy=-1)), "principal"), (dict(frame=dict(w=0, h=0)), "w 0"),
+    (dict(frame=dict(is_fisheye=True)), "is_fisheye"),
+    (dict(camera=dict(fl_x=math.nan)), "focal"), (dict(camera=dict(fl_x=-80)), "focal"),
+    (dict(frame=dict(cx=65)), "principal"), (dict(frame=dict(w=0, h=0)), "w 0"),
     (dict(camera=dict(fl_x=None, fl_y=None, camera_angle_x=40)), "focal"),      # degrees
     (dict(camera=dict(camera_angle_x=1.2)), "camera_angle_x and fl_x"),
     (dict(camera=dict(fl_x=1.25, fl_y=1.25)), "focal"),             # of the picture's width
-    (dict(hw=(128, 64)), "0.png"), (dict(camera=dict(w=128, h=64), hw=(128, 64)), "0.png"),
-    (dict(hw=(63, 64)), "0.png"), (dict(frame=dict(mask_path="no.png")), "no.png"),
+    (dict(hw=(128, 64)), "0.png"), (dict(frame=dict(mask_path="no.png")), "no.png"),
     (dict(frame=dict(transform_matrix=[[1, 0, 0, math.nan], *np.eye(4)[1:].tolist()])), "4.png")])
 def test_transforms_are_read_as_documented_and_what_is_no_pinhole_is_refused(more, want, tmp_path):
     """Against the pinhole that each file describes, in pixels of the packed picture, or else the
@@ -1142,8 +1050,8 @@ def test_masks_and_transparency_become_background(tmp_path):
 
 
 def test_what_cannot_be_used_is_explained_in_one_line(cars, tmp_path):
-    """Against: an unknown name, no folder, no objects, another seed, a root that is a file;
-    pictures from one side only, and a camera that looks away."""
+    """Against: an unknown name, no folder, no objects, another seed, pictures from one side only,
+    and a camera that looks away."""
     assert "cars, chairs" in refused(data.prepare, "horses", tmp_path)
     assert "chairs_{train,test}" in refused(data.prepare, "chairs", tmp_path)
     (tmp_path / "srn_chairs/chairs_train").mkdir(parents=True)
@@ -1152,9 +1060,6 @@ def test_what_cannot_be_used_is_explained_in_one_line(cars, tmp_path):
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "photos/a.jpg")
     assert "cameras" in refused(data.prepare, str(tmp_path / "photos"), tmp_path)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="file"):                      # each script makes it a line
-        data.prepare("cars", tmp_path / "file", quiet=True)
     away, same = LOOKS.copy(), np.stack([LOOKS[0]] * 5)
     away[2, :3, 3] *= -1
     same[:, 0, 3] += np.arange(5)
@@ -1163,14 +1068,11 @@ def test_what_cannot_be_used_is_explained_in_one_line(cars, tmp_path):
         assert said in refused(data.load, tmp_path, str(tmp_path / name), "train", 16)
 
 
-def command(root):
-    """data.py as a user calls it; two cars to train on, one to test."""
-    return [sys.executable, str(HERE / "data.py"), "cars", f"--root={root}", "--size=128",
-            "--n_train=2", "--n_test=1"]
-
-
-def test_a_full_disk_and_a_killed_packer_leave_nothing_that_is_used(cars, tmp_path):
-    """Against the real things: a limit on the size of files, and SIGKILL in mid-file."""
+def test_a_full_disk_and_a_killed_packer_leave_nothing_that_two_runs_at_once_use(cars, tmp_path):
+    """Against the real things: a limit on the size of files, and SIGKILL in mid-file; then against
+    one run alone."""
+    command = lambda place: [sys.executable, str(HERE / "data.py"), "cars", f"--root={place}",
+                             "--size=128", "--n_train=2", "--n_test=1"]       # as a user calls it
     root = copy_of(cars, tmp_path)
     for most, place, said in ((1000, root, "cannot write"), (2, tmp_path / "new", "making cars")):
         full = subprocess.run(["bash", "-c", f'ulimit -f {most}; exec "$@"', "_", *command(place)],
@@ -1185,29 +1087,14 @@ def test_a_full_disk_and_a_killed_packer_leave_nothing_that_is_used(cars, tmp_pa
     killed.kill()
     killed.wait()
     assert not list(root.glob(".cache/*.u8")) and part()
-    views = data.load(root, "cars", "train", 128, quiet=True)
-    assert torch.equal(views.images, data.load(cars, "cars", "train", 128, quiet=True).images)
-
-
-def test_two_runs_at_once_make_the_same_data(cars, tmp_path):
-    """Against one run alone."""
-    runs = [subprocess.Popen(command(tmp_path), cwd=tmp_path, stdout=subprocess.DEVNULL)
-            for _ in range(2)]
-    assert [run.wait() for run in runs] == [0, 0]
-    views, one = (data.load(root, "cars", "train", 128, quiet=True) for root in (tmp_path, cars))
-    assert torch.equal(views.images, one.images)
-    assert views.meta["fingerprint"] == one.meta["fingerprint"]
-
-
-def test_a_script_that_forgets_the_main_guard_ends_with_what_to_do(tmp_path):
-    """Against waiting for ever: its worker processes run it again."""
-    (tmp_path / "careless.py").write_text(
-        f"import sys; sys.path.insert(0, {str(HERE)!r}); import data\n"
-        f"data.prepare('cars', {str(tmp_path / 'data')!r}, 16, n_train=8, n_test=1)\n")
-    run = subprocess.run([sys.executable, "careless.py"], cwd=tmp_path, capture_output=True,
-                         text=True, timeout=120)
-    errors = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
-    assert run.returncode == 1 and "if __name__ ==" in errors[-1], run.stderr
+    runs = [subprocess.Popen(command(place), cwd=tmp_path, stdout=subprocess.DEVNULL)
+            for place in (root, root, tmp_path / "new", tmp_path / "new")]
+    assert not any([run.wait() for run in runs])
+    one, *both = (data.load(place, "cars", "train", 128, quiet=True)
+                  for place in (cars, root, tmp_path / "new"))
+    for views in both:
+        assert torch.equal(views.images, one.images)
+        assert views.meta["fingerprint"] == one.meta["fingerprint"]
 
 
 # ---- toys/rooms.py -------------------------------------------------------------------------------
@@ -1340,7 +1227,7 @@ def test_the_source_shows_no_panel_and_the_pan_shows_both(clips):
                        for m in there) > .08
 
 
-def test_the_panels_are_drawn_independently(clips):
+def test_the_panels_are_drawn_independently():
     """Against a count over 200 designs: all four pairs, none rare; no other choice tells them."""
     designs = [rooms.design(np.random.default_rng([0, 0, i])) for i in range(200)]
     pairs = [tuple(c.panels.values()) for c in designs]
@@ -1384,8 +1271,7 @@ def test_one_seed_gives_the_same_clips_whole_or_not_at_all(clips, tmp_path):
     files = lambda folder: {x.relative_to(folder): x.read_bytes()
                             for x in folder.rglob("*") if x.is_file()}
     assert files(again) == files(clips) and len(files(again)) == 1 + 3 * 63
-    with pytest.raises(SystemExit, match="these rooms have seed 0"):
-        rooms.generate(again, dict(train=1), 1, serial)
+    assert "these rooms have seed 0" in refused(rooms.generate, again, dict(train=1), 1, serial)
 
 
 # ---- model.py ------------------------------------------------------------------------------------
@@ -1440,31 +1326,15 @@ def test_denoise_recovers_an_oracle_exactly(steps):
     assert torch.equal(levels[0], t) and (torch.stack(levels).diff(dim=0) <= 0).all()
 
 
-def test_statistics_make_the_teachers_splats_standard_and_normalise_is_invertible():
-    """Against zero mean and unit deviation per channel, and the splats before."""
+def test_statistics_make_the_teachers_splats_standard():
+    """Against zero mean and unit deviation per channel."""
     torch.manual_seed(0)
     with torch.no_grad():
         raw = Teacher(TINY)(torch.rand(8, 1, 3, 16, 16))
-    mean, std = splat_statistics([raw[:4], raw[4:]])[..., None, None]         # (24, 1, 1) each
-    s = normalise(raw, mean, std)
-    flat = s.movedim(1, 0).flatten(1)                                         # (24, pixels)
+    mean, std = splat_statistics([raw[:4], raw[4:]])[..., None]               # (24, 1) each
+    s = (canonical(raw).movedim(1, 0).flatten(1) - mean) / std                # (24, pixels)
     free = std.flatten() > 1.1e-3                                             # not constant
-    assert flat.mean(1).abs().max() < 1e-3 and (flat.std(1)[free] - 1).abs().max() < 1e-2
-    assert torch.allclose(denormalise(s, mean, std), canonical(raw), atol=1e-4)
-
-
-@told_or_not
-def test_gradients_reach_every_parameter_through_unrolled_steps(shape):
-    """Against None and 0: three denoising steps, every weight, those that read the code too."""
-    torch.manual_seed(0)
-    denoiser = Denoiser(shape)
-    assert any(name.startswith("unet.read") for name, _ in denoiser.named_parameters()) == (
-        shape is TOLD)
-    t, x_src = torch.tensor([99, 60]), torch.rand(2, 3, 16, 16)
-    *_, s_hat = denoise(denoiser, random_splats(), t, x_src, random_splats(seed=1), 3)
-    s_hat.square().mean().backward()
-    for name, p in denoiser.named_parameters():
-        assert p.grad is not None and p.grad.abs().sum() > 0, name
+    assert s.mean(1).abs().max() < 1e-3 and (s.std(1)[free] - 1).abs().max() < 1e-2
 
 
 @pytest.mark.parametrize("theirs, mine", [*itertools.product([TINY, TOLD], repeat=2)])
@@ -1499,7 +1369,7 @@ def test_the_code_is_read_off_the_sum_of_noisy_splats():
     for k in range(100):
         code, t = 1.4 * torch.randint(2, (16, 2)) - 0.7, torch.randint(T, (16,))
         s_t = add_noise((code @ adds)[..., None, None], t, random_splats(16, seed=k))
-        _, code_hat = denoiser.predict(s_t, t, torch.rand(16, 3, 16, 16), 0)
+        _, code_hat = denoiser.predict(s_t, t, torch.rand(16, 3, 16, 16), torch.zeros(1, S, 1, 1))
         losses.append(F.mse_loss(code_hat, code))
         adam.zero_grad()
         losses[k].backward()
@@ -1616,9 +1486,7 @@ def test_released_weights_are_read_and_what_does_not_fit_is_named(tmp_path):
                          (dict(state=state), "KeyError 'model_state_dict'"),
                          (dict(model_state_dict=torch.ones(3)), "not Splatter Image")]:
         torch.save(flawed, path)
-        with pytest.raises(SystemExit, match=said) as stop:
-            load_splatter_image(path, 0.8, 1.8)
-        assert "\n" not in str(stop.value)
+        assert re.search(said, refused(load_splatter_image, path, 0.8, 1.8))
 
 
 def test_a_teacher_learns_to_be_told_and_told_nothing_stays_the_same_to_the_bit():
@@ -1646,10 +1514,8 @@ def test_a_teacher_learns_to_be_told_and_told_nothing_stays_the_same_to_the_bit(
 
 def test_the_code_follows_what_the_further_views_show():
     """Against 0 without further views, and the codes of other views and of another order."""
-    torch.manual_seed(0)
-    teacher, (x, cam, white) = Teacher(TOLD), scene_batch(views=4)
-    shake(teacher)
-    x, y = [nearly_right(teacher, x, cam, white, seed) for seed in (0, 1)]
+    teacher, _, x, cam, white = told_scene(TOLD)
+    y = nearly_right(teacher, x, cam, white, seed=1)
     alone, order = teacher(x[:, :1]), [0, 3, 1, 2]
     assert torch.equal(alone, teacher.unet(x[:, 0], code=torch.zeros(2, 4))[0])
     a, b, c = [teacher.code(alone, *z, white)
@@ -1669,6 +1535,15 @@ def scene_batch(batch=2, views=3, size=16, seed=0):
     w2c[:, 0] = torch.eye(4)
     x = torch.rand(batch, views, 3, size, size, generator=torch.Generator().manual_seed(seed))
     return x, Camera(w2c, cam.K, cam.hw), torch.ones(3)
+
+
+def told_scene(shape, batch=2):
+    """A frozen teacher whose codes say something, a denoiser, images and cameras for them."""
+    torch.manual_seed(0)
+    teacher, denoiser = Teacher(shape).requires_grad_(False), Denoiser(shape)
+    x, cam, white = scene_batch(batch, views=4)
+    shake(teacher)
+    return teacher, denoiser, nearly_right(teacher, x, cam, white), cam, white
 
 
 def test_the_cycle_looks_at_splats_of_the_target_frame_and_passes_gradients_to_that_view():
@@ -1691,12 +1566,9 @@ def test_the_cycle_looks_at_splats_of_the_target_frame_and_passes_gradients_to_t
 @told_or_not
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_stage_returns_finite_losses_and_trains_only_the_student(stage, shape):
-    """Against NaN, the sum of the terms by weight; views that are only told are not judged."""
-    torch.manual_seed(0)
-    x, cam, white = scene_batch(views=4)
-    teacher, denoiser = Teacher(shape).requires_grad_(False), Denoiser(shape)
-    shake(teacher)
-    x = nearly_right(teacher, x, cam, white)
+    """Against NaN, gradients of 0, the sum of the terms by weight; views that are only told are not
+    judged."""
+    teacher, denoiser, x, cam, white = told_scene(shape)
     before = deepcopy(teacher.state_dict())
     cfg = train.Config(size=16, steps=3, code=shape.code, told=3, views=2)
     lose = lambda: (train.stage_1, train.stage_2)[stage - 1](
@@ -1704,7 +1576,8 @@ def test_a_stage_returns_finite_losses_and_trains_only_the_student(stage, shape)
     losses = lose()
     losses["loss"].backward()
     assert all(v.isfinite() for v in losses.values())
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in denoiser.parameters())
+    for name, p in denoiser.named_parameters():
+        assert p.grad is not None and 0 < p.grad.abs().sum() < math.inf, name
     assert all(torch.equal(before[k], v) for k, v in teacher.state_dict().items())
     w = cfg.w_3dgs if stage == 1 else 0                # the paper drops it in stage 2
     want = w * losses["loss_3dgs"] + losses["loss_image"] + cfg.w_cyc * losses["loss_cyc"]
@@ -1718,11 +1591,7 @@ def test_a_stage_returns_finite_losses_and_trains_only_the_student(stage, shape)
 def test_noised_splats_are_what_the_told_teacher_adds(shape):
     """Against the teacher told and told nothing, by hand; with code 0 all splats, standardised. The
     way back gives the told teacher's Gaussians."""
-    torch.manual_seed(0)
-    x, cam, white = scene_batch(views=4)
-    teacher, denoiser = Teacher(shape).requires_grad_(False), Denoiser(shape)
-    shake(teacher)
-    x = nearly_right(teacher, x, cam, white)
+    teacher, denoiser, x, cam, white = told_scene(shape)
     alone = teacher(x[:, :1])
     told = teacher(x, cam, white) if shape.code else alone                    # (2, 24, 16, 16)
     denoiser.stats.copy_(splat_statistics([told]))
@@ -1740,10 +1609,7 @@ def test_noised_splats_are_what_the_told_teacher_adds(shape):
 
 def test_half_of_a_batch_is_told_and_the_views_that_tell_are_not_judged():
     """Against a teacher called by hand: codes of 0 and the codes of the views, with noise."""
-    torch.manual_seed(0)
-    x, cam, white = scene_batch(batch=4, views=4)
-    teacher, eps = Teacher(TOLD), random_splats(4)
-    shake(teacher)
+    (teacher, _, x, cam, white), eps = told_scene(TOLD, batch=4), random_splats(4)
     cfg = train.Config(code=4, told=3, views=2, code_noise=0.1)
     losses = train.stage_0(teacher, x, cam, white, None, eps, cfg)
     code = teacher.code(teacher(x[:, :1]), x, cam, white) + 0.1 * eps[:, 0, 0, :4]
@@ -1820,20 +1686,19 @@ def test_flags_have_the_types_of_config(capsys):
 
 @pytest.mark.parametrize("flag", [
     "--mult=()", "--mult=(1,2,'a')", "--mult=2", "--mult=(1,0)", "--batch=(-2,2,2)",
-    "--batch=(2,2)", "--width=9", "--width=2**70", "--lr=(1e999,1,1)", "--iters=(1.5,1,1)",
-    "--seed=-1", "--clip=nan", "--bf16=2", "--steps=0", "--size=", "--told=[]", "--t_known=100"])
+    "--batch=(2,2)", "--batch=(1,2,2)", "--width=9", "--width=2**70", "--lr=(1e999,1,1)",
+    "--lr=fast", "--iters=(1.5,1,1)", "--seed=-1", "--clip=nan", "--bf16=2", "--steps=0", "--size=",
+    "--size=30", "--told=[]", "--told=0", "--t_known=100", "--epochs=3", "--views=1", "--graph"])
 def test_flags_out_of_range_get_one_line_that_names_them(flag):
     """Against the least values and the types of the defaults."""
-    with pytest.raises(SystemExit, match=rf"error: .*{flag.split('=')[0]}") as stop:
-        train.parse(["--device=cpu", flag])
-    assert "\n" not in str(stop.value)
+    assert flag.split("=")[0] in refused(train.parse, ["--device=cpu", flag])
 
 
 @pytest.mark.parametrize("change", [
     lambda c: dict(c, state={f"_orig_mod.{k}": x for k, x in c["state"].items()}),
     lambda c: dict(c, config=dict(c["config"], flavour=1)),
     lambda c: dict(c, config=dict(c["config"], mult=3)),
-    lambda c: dict(c, state=torch.ones(1)), lambda c: torch.ones(1)])
+    lambda c: dict(c, state=torch.ones(1)), lambda c: torch.ones(1), lambda c: dict(a=1)])
 @pytest.mark.parametrize("read", [lambda path: load_network(path, Teacher),
                                   lambda path: given_teacher(path, TINY)])
 def test_odd_checkpoints_get_one_line_that_names_the_file(tmp_path, change, read):
@@ -1842,22 +1707,7 @@ def test_odd_checkpoints_get_one_line_that_names_the_file(tmp_path, change, read
     save_network(path, Teacher(TINY), {})
     read(path)
     torch.save(change(torch.load(path)), path)
-    with pytest.raises(SystemExit, match=rf"error: {path}: ") as stop:
-        read(path)
-    assert "\n" not in str(stop.value)
-
-
-def test_the_state_of_another_kind_of_run_is_refused(trained, cars, tmp_path):
-    """Against resume.pt without the network, of other shapes, of plain tensors."""
-    args = *SMALL, f"--root={cars}", f"--out={tmp_path}"
-    script("train", *args, "--max_steps=2", ok=False)
-    path = tmp_path / "resume.pt"
-    state = torch.load(path)
-    for change in ({"network": None}, {"network": {"a": torch.ones(1)}}, {"about": torch.ones(2)},
-                   {"optimiser": {}}):
-        torch.save(state | change, path)
-        said = script("train", *args, ok=False)
-        assert f"error: {path}: not " in said and "Traceback" not in said
+    assert refused(read, path).startswith(f"error: {path}: ")
 
 
 def small_step(device, stages=(0, 1, 2), count=20, **flags):
@@ -2242,9 +2092,8 @@ def test_training_leaves_a_table_a_preview_and_the_word_procedural(trained):
     assert ["loss_told" in r for r in log] == [True] * 4 + [False] * 8
     assert np.asarray(Image.open(out / "preview.png")).std() > 10
     assert load_network(out / "stage_2.pt", Denoiser)[1]["data"]["procedural"]
-    controls = subprocess.run([sys.executable, HERE / "toys/controls.py", out], check=True,
-                              capture_output=True, text=True, cwd=HERE).stdout
-    assert "teacher, optimised on 1" in controls and "teacher, told 1 view" in controls
+    said = script("toys/controls", out)
+    assert "teacher, optimised on 1" in said and "teacher, told 1 view" in said
 
 
 def test_interrupted_training_goes_on_bitwise(trained, cars, tmp_path):
@@ -2274,11 +2123,6 @@ def test_a_teacher_is_trained_on(trained, cars, tmp_path):
         assert all(torch.equal(old[k], new[k]) for k in old) == same
     assert "size=16" in script("train", *flags, "--size=32", ok=False).splitlines()[-1]
     assert "code=8" in script("train", *flags, "--code=4", ok=False).splitlines()[-1]
-
-
-def scores_of(row):
-    """Of a row of the table, but for what the network cost."""
-    return {k: v for k, v in row.items() if k != "minutes"}
 
 
 def test_released_weights_take_the_place_of_stage_0_in_the_papers_recipe(cars, tmp_path):
@@ -2322,8 +2166,9 @@ def test_a_teacher_that_is_given_is_taught_to_be_told(cars, tmp_path):
         (0, 1), (0, 2), (1, 1), (1, 2), (2, 1)]
     paper, ours = (json.loads((tmp_path / k / "results.json").read_text())["table"]
                    for k in ("paper", "ours"))
-    assert scores_of(ours["teacher"]) == scores_of(paper["teacher"])
-    assert scores_of(ours["teacher, told 8 views"]) != scores_of(ours["teacher"])
+    paper, alone, told = [{k: v for k, v in row.items() if k != "minutes"} for row in (
+        paper["teacher"], ours["teacher"], ours["teacher, told 8 views"])]
+    assert alone == paper and told != alone
     teacher = load_network(tmp_path / "ours/teacher.pt", Teacher)[0]
     given = load_splatter_image(tmp_path / "model_cars.pth", 0.8, 1.8).state_dict()
     assert all(torch.equal(p, teacher.state_dict()[k]) for k, p in given.items())
@@ -2357,17 +2202,13 @@ def test_a_folder_of_ones_own_is_trained_on_with_a_teacher_of_ours(trained, tmp_
     assert not any({"both", "decided", "amber"} & set(r) for r in rows.values())
 
 
-def two_processes(name, *args):
-    """A script behind torchrun, as two processes on the CPU -> what came of it."""
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                           "--nproc_per_node=2", str(HERE / f"{name}.py"), *args, *SMALL],
-                          env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-                          capture_output=True, text=True, timeout=300)
-
-
 def test_two_processes_train_like_one_and_one_goes_on(trained, cars, tmp_path):
     """Against one process but for rounding; stopped in stage 1, one alone goes on to the end."""
-    run = two_processes("train", f"--root={cars}", f"--out={tmp_path}", "--max_steps=6")
+    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                          "--nproc_per_node=2", str(HERE / "train.py"), *SMALL, f"--root={cars}",
+                          f"--out={tmp_path}", "--max_steps=6"],
+                         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+                         capture_output=True, text=True, timeout=300)
     assert run.stdout.count("device: 2 x CPU") == 1, run.stdout + run.stderr
     assert "stopped and saved" in run.stderr and (tmp_path / "resume.pt").exists()
     script("train", *SMALL, f"--root={cars}", f"--out={tmp_path}")
@@ -2376,13 +2217,6 @@ def test_two_processes_train_like_one_and_one_goes_on(trained, cars, tmp_path):
         if (one["stage"], one["step"]) <= (1, 1):   # later, Adam has followed signs of tiny
             for k in ("loss", "grad_norm"):         # gradients, which rounding turns
                 assert both[k] == pytest.approx(one[k], rel=1e-2), (k, one, both)
-
-
-def test_two_processes_time_their_steps_together_and_one_speaks():
-    """Against a table for each, or two that wait for each other for ever."""
-    run = two_processes("csrc/bench", "0", "1", "2")
-    rows = [line.split(",")[0] for line in run.stdout.splitlines() if line.startswith("stage")]
-    assert rows == ["stage 0", "stage 1", "stage 2"], run.stdout + run.stderr
 
 
 def test_a_killed_writer_and_a_full_disk_never_leave_half_a_checkpoint(tmp_path):
@@ -2456,45 +2290,25 @@ def make(monkeypatch, tiny, *args):
 
 
 def test_the_weights_that_come_with_the_code_draw_what_they_did(cars):
-    """Against the PSNR of held-out car 0 when they were committed: view 64 in, ten views out."""
+    """Against the PSNR of held-out car 0 when they were committed: view 64 in, ten views out; of
+    8 samples one shows an amber hidden door and another a blue one, no mud."""
     views = data.load(cars, "cars", "test", 128, quiet=True)
     cfg = train.Config(size=128, device="cpu", steps=10)
-    teacher, _ = shipped("teacher.pt", Teacher)
+    teacher, _ = load_network(HERE / "weights/teacher.pt", Teacher)
     for name, kind, psnr in ("cars", Denoiser, 28.67), ("teacher", Teacher, 28.75):
         path = HERE / f"weights/{name}.pt"
         network, meta = load_network(path, kind)
-        predict = sample.predictor(teacher, network if name == "cars" else None, views, cfg)
+        student = network if name == "cars" else None
+        predict = sample.predictor(teacher, student, views, cfg, n=8)
         r, = sample.evaluate(predict, views, cfg, 10, [0])
-        assert abs(r["one"] - psnr) < 0.1 and path.stat().st_size < 16 * 2 ** 20
+        assert abs(r["one"] - psnr) < 0.1 and r["both"] == bool(student)
+        assert path.stat().st_size < 16 * 2 ** 20
         assert meta["data"]["procedural"] and "python train.py" in meta["command"]
-
-
-def shipped(name, cls):
-    network, meta = load_network(HERE / "weights" / name, cls)
-    return network, torch.tensor([meta["K"]])
-
-
-def test_the_samples_of_the_shipped_weights_show_both_doors(monkeypatch):
-    """Against mud: of 8 samples one shows an amber hidden door and another a blue one."""
-    (denoiser, K), (teacher, _) = shipped("cars.pt", Denoiser), shipped("teacher.pt", Teacher)
-    pixels = sample.prepare(HERE / "assets" / "car.png", 128, (1., 1., 1.))
-    x_src = torch.from_numpy(pixels).movedim(-1, 0)[None].expand(8, -1, -1, -1) / 255
-    eps = torch.randn(8, S, 128, 128, generator=torch.Generator().manual_seed(0))
-    look = dict(distance=1.3, elevation=25., focal=K[0, 0].item() / 128, background=[1., 1., 1.],
-                aspect=1.)
-    with torch.no_grad():
-        mean = denoiser.mean(teacher(x_src[:1, None]))                        # (1, 24, 128, 128)
-        g = denoiser.gaussians(denoiser.sample(x_src, mean, eps), mean, K.expand(8, -1))
-    monkeypatch.setattr(sample, "SIDE", 128)
-    x = sample.photograph(sample.upright(g, look, 128), 21, look).astype(int)  # from 210 degrees
-    warm = x[..., 0] - x[..., 2]                                              # red minus blue
-    amber, blue = ((warm > 60).sum((1, 2)), (warm < -60).sum((1, 2)))         # (8,) pixels
-    assert ((amber > 120) & (blue < 40)).any() and ((blue > 120) & (amber < 40)).any(), (amber, blue)
 
 
 def test_the_told_teachers_door_is_the_one_it_is_told(cars):
     """Against a held-out car's amber door and its twin's blue one; told nothing, mud."""
-    teacher, _ = shipped("teacher.pt", Teacher)
+    teacher, _ = load_network(HERE / "weights/teacher.pt", Teacher)
     views = data.load(cars, "cars", "test", 128)
     v, amber, blue = toys.cars.hidden_pair(views, 0, data.resize)
     x, cam = data.gather(views, torch.tensor([[int(sample.test_views(views, 0, 1)[0]), v]]))
@@ -2555,57 +2369,23 @@ def test_guidance_is_the_error_against_the_views_after_the_first():
     assert torch.allclose(grey, (x[:, 1:] - 0.5).square().mean(), rtol=1e-5)
 
 
-def relative_pose(folder, source, other):
-    """Of the camera of view `other` to that of view `source`, from SRN's pose files -> (4, 4)."""
-    a, b = [np.loadtxt(folder / "pose" / f"{k:06d}.txt").reshape(4, 4) for k in (source, other)]
-    return np.linalg.inv(a) @ b
-
-
 def test_an_object_and_its_pictures_with_poses_give_the_same_files(tiny, cars, tmp_path,
                                                                    monkeypatch):
     """Against each other to the byte, but for the page's title; and against no guidance."""
     folder = cars / "cars" / "cars_test" / "test_00000"
     rgb = folder / "rgb"
-    numbers = ["64", "104", "20"]
+    c2w = {k: np.loadtxt(folder / f"pose/{k:06d}.txt").reshape(4, 4) for k in (64, 104, 20)}
     args = [rgb / "000064.png", f"--out={tmp_path}/b"]
-    for number in numbers[1:]:
-        pose = tmp_path / f"{number}.txt"
-        np.savetxt(pose, relative_pose(folder, 64, int(number)), fmt="%.17g")
-        args += ["--view", rgb / f"{int(number):06d}.png", "--pose", pose]
-    assert not make(monkeypatch, tiny, folder, "--views", ",".join(numbers), f"--out={tmp_path}/a")
+    for k in (104, 20):
+        np.savetxt(tmp_path / f"{k}.txt", np.linalg.inv(c2w[64]) @ c2w[k], fmt="%.17g")
+        args += ["--view", rgb / f"{k:06d}.png", "--pose", tmp_path / f"{k}.txt"]
+    assert not make(monkeypatch, tiny, folder, "--views=64,104,20", f"--out={tmp_path}/a")
     assert not make(monkeypatch, tiny, *args)
     assert not make(monkeypatch, tiny, folder, f"--out={tmp_path}/c")
     for path in (tmp_path / "a").iterdir():
         same = path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
         assert same or path.name == "viewer.html", path.name
     assert (tmp_path / "a/sample_0.ply").read_bytes() != (tmp_path / "c/sample_0.ply").read_bytes()
-
-
-def test_bad_views_and_poses_are_one_clear_line(tiny, cars, tmp_path, monkeypatch):
-    """Against tracebacks: each names the file or the flag, and nothing is written."""
-    folder = cars / "cars" / "cars_test" / "test_00000"
-    picture = folder / "rgb" / "000064.png"
-    good = tmp_path / "good.txt"
-    np.savetxt(good, np.eye(4))
-    poses = dict(few="1 2 3", words="a " * 16, nan="nan " * 16,
-                 mirror="-1 0 0 0  0 1 0 0  0 0 1 0  0 0 0 1")
-    for name, text in poses.items():
-        (tmp_path / f"{name}.txt").write_text(text)
-    Image.new("RGB", (20, 10)).save(tmp_path / "wide.png")
-    (tmp_path / "odd").mkdir()
-    shutil.copy(folder / "intrinsics.txt", tmp_path / "odd")
-    view = ["--view", picture, "--pose"]
-    cases = [([picture, *view, tmp_path / f"{name}.txt"], f"{name}.txt") for name in poses]
-    cases += [
-        ([picture, "--view", tmp_path / "none.png", "--pose", good], "none.png"),
-        ([tmp_path / "wide.png", *view, good], "wide.png"),
-        ([picture, "--view", picture], "--pose"), ([picture, picture, *view, good], "--view"),
-        ([picture, "--views=64,1"], "--views"), ([folder, "--views=64,251"], "0 to 250"),
-        ([folder, "--views=a"], "--views"), ([tmp_path / "odd"], "odd")]
-    for args, word in cases:
-        line, = make(monkeypatch, tiny, *args, f"--out={tmp_path}/out")
-        assert line.startswith("error: ") and word in line, (args, line)
-        assert not (tmp_path / "out").exists(), args
 
 
 def test_every_training_view_passes_unchanged(cars, capsys):
@@ -2620,18 +2400,10 @@ def test_every_training_view_passes_unchanged(cars, capsys):
     assert len(files) >= 351 and not capsys.readouterr().err
 
 
-def box_of(pixels):
-    """Longer side and middle (x, y) of what is not white, relative to the picture."""
-    y, x = np.nonzero((pixels < 200).any(-1))
-    (left, right), (top, bottom) = (x.min(), x.max() + 1), (y.min(), y.max() + 1)
-    return np.array([max(right - left, bottom - top), (left + right) / 2, (top + bottom) / 2]
-                    ) / len(pixels)
-
-
 @pytest.mark.parametrize("ground, turned, k, spoilt", [
     ((255, 255, 255), 1, 1, ""), ((120, 160, 120), 6, 1, "speck"), ((250, 247, 244), 8, 1, ""),
-    (None, 6, 1, "speck"), (None, 1, 12, ""),                         # the last is made smaller
-    *[((120, 160, 120), 1, 1, spoilt) for spoilt in ("pixel", "margin", "corners")]])
+    (None, 6, 1, "speck"), (None, 1, 12, ""),                         # this one is made smaller
+    ((120, 160, 120), 1, 1, "margin"), ((120, 160, 120), 1, 1, "corners")])
 def test_a_subject_anywhere_on_any_plain_ground_is_framed_as_in_training(ground, turned, k, spoilt,
                                                                          tmp_path, capsys):
     """Against the framing's target, and against the same subject cut out by hand."""
@@ -2645,28 +2417,21 @@ def test_a_subject_anywhere_on_any_plain_ground_is_framed_as_in_training(ground,
         grain = (np.array(ground) + noise).clip(0, 255)
         rgba[..., :3] = np.where(shape[..., None], rgba[..., :3], grain)
         rgba[..., 3] = 255
-    away = {"pixel": xx + yy < 1, "margin": (xx < 1) | (yy > 117), "corners": xx + yy < 12}
+    away = {"margin": (xx < 1) | (yy > 117), "corners": xx + yy < 12}
     rgba[away.get(spoilt, xx < 0), 3] = 0
     if spoilt == "speck":
         rgba[-1, 0] = 0, 0, 255, 255
     image, exif = Image.fromarray(rgba), Image.Exif()
     exif[0x0112] = turned                                                     # as a camera held so
     back = {1: None, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}[turned]
-    stored = image.transpose(back) if back else image
-    stored.save(tmp_path / "x.png", exif=exif)
-    assert ImageOps.exif_transpose(Image.open(tmp_path / "x.png")).size == image.size
+    (image.transpose(back) if back else image).save(tmp_path / "x.png", exif=exif)
     pixels = sample.prepare(tmp_path / "x.png", 64, (1., 1., 1.))
-    assert abs(box_of(pixels) - [sample.SHARE, *sample.MIDDLE]).max() < 0.03
+    y, x = np.nonzero((pixels < 200).any(-1))
+    (left, right), (top, bottom) = (x.min(), x.max() + 1), (y.min(), y.max() + 1)
+    box = np.array([max(right - left, bottom - top), (left + right) / 2, (top + bottom) / 2]) / 64
+    assert abs(box - [sample.SHARE, *sample.MIDDLE]).max() < 0.03
     assert not capsys.readouterr().err
     assert (pixels[:10] == 255).all() and abs(pixels[34, 32] - [180., 30, 40]).max() < 12
-
-
-def test_pictures_unlike_training_are_taken_with_a_warning(tmp_path, capsys):
-    """Against a photograph without a plain ground."""
-    busy = np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8)
-    Image.fromarray(busy).save(tmp_path / "x.png")
-    assert sample.prepare(tmp_path / "x.png", 32, (1., 1., 1.)).shape == (32, 32, 3)
-    assert "background has more than one colour" in capsys.readouterr().err
 
 
 def test_a_ply_holds_the_same_gaussians(tmp_path):
@@ -2741,26 +2506,23 @@ def test_the_viewer_gets_every_state_from_noise_to_the_result(tiny, tmp_path, mo
     assert_same(objects["sample 1"][0], sample.one(noise, 1), 1e-5)
 
 
-def test_several_pictures_have_a_folder_each(tiny, tmp_path, monkeypatch):
-    """Against the same bytes as alone; a name that cannot be read, or written, costs one line."""
+def test_several_pictures_have_a_folder_each(tiny, tmp_path, monkeypatch, capsys):
+    """Against the same bytes as alone; a name that cannot be read, or written, costs one line; a
+    photograph without a plain ground is taken with a warning."""
     pictures(tmp_path)
     monkeypatch.chdir(tmp_path)
     assert not make(monkeypatch, tiny, "grey.png", "photo.jpg")
     assert sorted(p.name for p in Path("out").iterdir()) == ["grey", "photo"]
+    assert "background has more than one colour" in capsys.readouterr().err
     assert not make(monkeypatch, tiny, "photo.jpg", "--out=alone")
     for path in Path("alone").iterdir():
         assert path.read_bytes() == Path("out/photo", path.name).read_bytes()
-    Path("loop.png").symlink_to("loop.png")
     os.mkfifo("pipe.png")                                                     # would never end
-    for name in "gone.png", "loop.png", "pipe.png", "/dev/zero", "ä" * 245:
-        line, = make(monkeypatch, tiny, "grey.png", name)
-        assert line.startswith("error: ") and name[:3] in line
-    for place in "loop.png", "pipe.png", "grey.png/out":
-        line, = make(monkeypatch, tiny, "photo.jpg", f"--out={place}")
-        assert line.startswith("error: ") and place[:3] in line
     shutil.copy("photo.jpg", "grey.jpg")
-    line, = make(monkeypatch, tiny, "grey.png", "grey.jpg")
-    assert "two pictures of one name" in line
+    for more, said in (("gone.png", "gone"), ("pipe.png", "pipe"), ("--out=pipe.png", "pipe"),
+                       ("--out=grey.png/out", "grey"), ("grey.jpg", "two pictures of one name")):
+        line, = make(monkeypatch, tiny, "grey.png", more)
+        assert line.startswith("error: ") and said in line
 
 
 def test_ctrl_c_is_one_line(tmp_path):
@@ -2790,27 +2552,24 @@ def test_an_input_is_never_written_over(tiny, cars, tmp_path, monkeypatch):
         assert other.read_bytes() == picture.read_bytes()
 
 
-def hostile(folder):
-    """Files that are not what they seem; those called ok can be sampled all the same."""
+def test_hostile_files_cost_one_line_each_and_no_good_one(tiny, tmp_path, monkeypatch, capsys):
+    """Against tracebacks, silence, and good files left out: those called ok can be sampled."""
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
     rng = np.random.default_rng(0)
     noise = lambda *shape: rng.integers(0, 255, shape, dtype=np.uint8)
     def saved(image, kind="PNG", **more):
         file = io.BytesIO()
         image.save(file, kind, **more)
         return file.getvalue()
-    photo, long = Image.fromarray(noise(40, 60, 4)), np.full((10, 20_000, 3), 255, np.uint8)
-    long[:, 5_000:9_000] = 0
+    photo = Image.fromarray(noise(40, 60, 4))
     rgb = photo.convert("RGB")
     png, jpg = saved(rgb), saved(rgb, "JPEG")
     files = {
         "ok_cmyk.jpg": saved(photo.convert("CMYK"), "JPEG"),
         "ok_odd_exif.jpg": saved(rgb, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff"),
         "ok_animated.gif": saved(rgb, "GIF", save_all=True, append_images=[rgb, rgb]),
-        "ok_float.tiff": saved(Image.fromarray(noise(40, 60).astype(np.float32)), "TIFF"),
-        "ok_two.png": saved(Image.fromarray(noise(1, 2, 3))),
         "ok_bit.png": saved(Image.fromarray(noise(40, 60) > 99)),
-        "ok_key.png": saved(rgb, transparency=(0, 0, 0)),
-        "ok_long.png": saved(Image.fromarray(long)),
         "ok_Grüße 'x' <b>.png": png,
         "pixel.png": saved(Image.new("RGB", (1, 1))),
         "clear.png": saved(Image.new("RGBA", (30, 30))),
@@ -2825,68 +2584,68 @@ def hostile(folder):
         (folder / name).write_bytes(content)
     (folder / "gone.png").symlink_to(folder / "nowhere")
     (folder / "folder.png").mkdir()
-
-
-def test_hostile_files_cost_one_line_each_and_no_good_one(tiny, tmp_path, monkeypatch, capsys):
-    """Against tracebacks, silence, and good files left out."""
-    folder, out = tmp_path / "in", tmp_path / "out"
-    folder.mkdir()
-    hostile(folder)
     for path in folder.iterdir():
         said = make(monkeypatch, tiny, path, "--out", out / path.name, "--samples=1", "--steps=1")
         assert len(said) <= 1 and not (said and path.name.startswith("ok")), said
         for line in said:
             assert line.startswith("error: ") and path.name in line
     assert not any("Traceback" in text for text in capsys.readouterr())
-    if os.getuid():   # root may write anywhere
-        out.chmod(0o500)
-        assert "cannot write" in make(monkeypatch, tiny, folder / "ok_bit.png", "--out",
-                                      out / "new")[0]
-        out.chmod(0o700)
 
 
-def test_bad_input_is_one_clear_line(trained, cars, tmp_path, monkeypatch):
+def test_bad_input_of_sample_is_one_clear_line(tiny, cars, tmp_path, monkeypatch):
+    """Against tracebacks: each names the file or the flag, and nothing is written."""
+    folder, good, odd = cars / "cars/cars_test/test_00000", tmp_path / "good.txt", tmp_path / "odd"
+    picture = folder / "rgb/000064.png"
+    view = ["--view", picture, "--pose"]
+    np.savetxt(good, np.eye(4))
+    Image.new("RGB", (20, 10)).save(tmp_path / "wide.png")
+    odd.mkdir()
+    shutil.copy(folder / "intrinsics.txt", odd)
+    (tmp_path / "not.pt").write_bytes(b"not a checkpoint")
+    (tmp_path / "broken.png").write_bytes(picture.read_bytes()[:200])
+    cases = [
+        ([tmp_path / "broken.png"], "broken.png"), ([picture, "--samples=0"], "--samples"),
+        ([picture, "--weights", tmp_path / "none.pt"], "none.pt"),
+        ([picture, "--weights", tmp_path / "not.pt"], "not.pt"),
+        ([picture, "--weights", tiny.with_name("teacher.pt")], "teacher.pt"),
+        ([picture, "--view", tmp_path / "none.png", "--pose", good], "none.png"),
+        ([tmp_path / "wide.png", *view, good], "wide.png"),
+        ([picture, "--view", picture], "--pose"), ([picture, picture, *view, good], "--view"),
+        ([picture, "--views=64,1"], "--views"), ([folder, "--views=64,251"], "0 to 250"),
+        ([folder, "--views=a"], "--views"), ([odd], "odd")]
+    for name, text in dict(few="1 2 3", nan="nan " * 16, mirror="-1 0 0 0 0 1 0 0 0 0 1 0 0 0 0 1"
+                           ).items():
+        (tmp_path / f"{name}.txt").write_text(text)
+        cases.append(([picture, *view, tmp_path / f"{name}.txt"], f"{name}.txt"))
+    for args, word in cases:
+        line, = make(monkeypatch, tiny, *args, f"--out={tmp_path}/out")
+        assert line.startswith("error: ") and word in line, (args, line)
+        assert not (tmp_path / "out").exists(), args
+
+
+def test_bad_input_of_training_is_one_clear_line(trained, cars, tmp_path, monkeypatch):
     """Against tracebacks: each says what is wrong with what, exits with 1, and spoils nothing."""
     out, _ = trained
-    image = pictures(tmp_path)[0]
-    (tmp_path / "broken.png").write_bytes(image.read_bytes()[:200])
-    (tmp_path / "not.pt").write_bytes(b"not a checkpoint")
-    torch.save(dict(a=1), tmp_path / "other.pt")
-    older = torch.load(out / "stage_2.pt", weights_only=True)
-    older["state"]["older"] = older["state"].pop("stats")
-    torch.save(older, tmp_path / "older.pt")
     (tmp_path / "file").write_text("")
     before = (out / "resume.pt").read_bytes()
-    weights = ["--weights", out / "stage_2.pt", "--device", "cpu"]
+    flags = [*SMALL, f"--root={cars}"]
     cases = [
-        ("train", ["--epochs=3"], "--epochs"), ("train", ["--lr=fast"], "--lr"),
-        ("train", ["--size=30"], "--size"), ("train", ["--views=1"], "--views=1"),
-        ("train", ["--dataset=planes"], "planes"), ("train", ["--device=warp"], "--device=warp"),
-        ("train", ["--batch=(1,2,2)"], "--batch"), ("train", ["--told=0"], "--told=0"),
-        ("train", ["--iters=(0,5,0)"], "--teacher"),
-        ("train", ["--t_known=100"], "--t_known"),
-        ("train", ["--graph", "--device=cpu"], "--graph"),
-        ("train", [*SMALL, f"--root={cars}", f"--out={out}", "--seed=1"], "seed=0"),
-        ("train", [*SMALL, f"--root={cars}", f"--out={tmp_path}/none", "--eval_only"],
-         "teacher.pt"),
-        ("sample", [tmp_path / "broken.png", *weights], "broken.png"),
-        ("sample", [image, "--weights", tmp_path / "none.pt"], "none.pt"),
-        ("sample", [image, "--weights", tmp_path / "not.pt"], "not.pt"),
-        ("sample", [image, "--weights", tmp_path / "other.pt"], "other.pt"),
-        ("sample", [image, "--weights", tmp_path / "older.pt"], "older.pt"),
-        ("sample", [image, "--weights", out / "teacher.pt"], "teacher.pt"),
-        ("sample", [image, *weights, "--out", tmp_path / "file"], "file"),
-        ("sample", [image, *weights, "--samples", "0"], "--samples"),
-    ]
-    for name, args, word in cases:
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, args)])
-        with pytest.raises(SystemExit) as stopped:
-            {"train": train, "sample": sample}[name].main()
-        line = str(stopped.value)
-        assert line.startswith("error: ") and word in line and "\n" not in line, (args, line)
-    error = script("train", *SMALL, f"--root={cars}", f"--out={tmp_path}/file/out", ok=False)
+        (["--dataset=planes"], "planes"), (["--device=warp"], "--device=warp"),
+        (["--iters=(0,5,0)"], "--teacher"), ([*flags, f"--out={out}", "--seed=1"], "seed=0"),
+        ([*flags, f"--out={tmp_path}/none", "--eval_only"], "teacher.pt")]
+    script("train", *flags, f"--out={tmp_path}", "--max_steps=2", ok=False)
+    state = torch.load(tmp_path / "resume.pt")                      # of another kind of run:
+    for k, change in enumerate([dict(network=None), dict(network=dict(a=torch.ones(1))),
+                                dict(about=torch.ones(2)), dict(optimiser={})]):
+        (tmp_path / f"{k}").mkdir()
+        torch.save(state | change, tmp_path / f"{k}/resume.pt")
+        cases.append(([*flags, f"--out={tmp_path}/{k}"], f"{k}/resume.pt: not "))
+    for args, word in cases:
+        monkeypatch.setattr(sys, "argv", ["train.py", *args])
+        assert word in refused(train.main), args
+    error = script("train", *flags, f"--out={tmp_path}/file/out", ok=False)
     assert "error: " in error and "Traceback" not in error and "file" in error.splitlines()[-1]
-    error = script("sample", tmp_path / "none.png", *weights, ok=False)       # as a user sees it
+    error = script("sample", tmp_path / "none.png", ok=False)                 # as a user sees it
     assert error.startswith("error: ") and error.count("\n") == 1
     assert (out / "resume.pt").read_bytes() == before
 
@@ -2954,15 +2713,11 @@ def psnr_of_page(page, g, azimuth, elevation=10, zoom=1, **more):
 
 
 def test_the_viewer_draws_what_render_draws(viewer):
-    """Against render by the camera of the turntable, from three sides and distances."""
+    """Against render by the camera of the turntable, from three sides and distances, and of the
+    state that the address names, to 8 bits of its ranges."""
     page, objects = viewer
     for view in (0, 20, 1), (75, -15, 1.5), (200, 89, 0.7):
         assert psnr_of_page(page, objects["teacher"][0], *view, object="teacher") > 40, view
-
-
-def test_the_steps_of_the_viewer_go_from_noise_to_the_result(viewer):
-    """Against render of the state that the address names, to 8 bits of its ranges."""
-    page, objects = viewer
     for step, at_least in enumerate((22, 22, 40)):
         g = objects["sample"][step]
         assert psnr_of_page(page, g, -50, object="sample", step=step) > at_least, step
