@@ -227,8 +227,8 @@ class UNet(nn.Module):
                 skips.append(x)
             if self.read:   # one code for all pixels, so in their sum it stands out from the noise
                 total = s_t.sum((2, 3)) / (s_t.shape[2] * s_t.shape[3]) ** 0.5    # (B, 24)
-                code = self.read(torch.cat([x.mean((2, 3)), total], 1))       # (B, code)
-                code = code.float().tanh()
+                seen = torch.cat([x.mean((2, 3)), total], 1)                  # (B, c + 24)
+                code = self.read(seen).float().tanh()                         # (B, code)
             if code is not None:
                 emb = code if emb is None else torch.cat([emb, code], 1)      # (B, emb + code)
             for name, layer in self.dec.items():
@@ -322,8 +322,8 @@ class Denoiser(nn.Module):
         self.register_buffer("stats", torch.stack([torch.zeros(S), torch.ones(S)]))
 
     def mean(self, raw):
-        """What noised splats are centred on. Ours: the splats raw (B, 24, H, W) of the teacher that
-        is told nothing. So what is left to denoise is what the picture does not show. In the paper
+        """What noised splats are centred on. Ours: raw (B, 24, H, W), those of the teacher that is
+        told nothing. So what is left to denoise is what the picture does not show. In the paper
         (cfg.code = 0) that would be nothing; there it is one number a channel, (1, 24, 1, 1)."""
         return canonical(raw) if self.cfg.code else self.stats[None, 0, :, None, None]
 

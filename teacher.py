@@ -70,8 +70,8 @@ class Teacher(nn.Module):
         return self.unet(images[:, 0], code=code)[0]                          # (B, 24, H, W)
 
     def code(self, raw, images, cam, background):
-        """The raw splats of the teacher that was told nothing, and views after the first, where it
-        is told about their errors -> (B, code)."""
+        """-> (B, code): what is wrong with raw (B, 24, H, W), the splats of the teacher that was
+        told nothing, in the views after the first. Only with cfg.code."""
         with torch.no_grad():
             g = self.gaussians(raw, cam.K[:, 0])
             seen, _, _ = render(g, cam.views(slice(1, None)), background)     # (B, V-1, 3, H, W)

@@ -2,7 +2,7 @@
 the teacher, the samples. Run by hand.
 
     python toys/hero.py                      # with weights/cars.pt and the teacher.pt beside it
-    python toys/hero.py out/cars/stage_2.pt
+    python toys/hero.py out/cars/stage_1.pt
 """
 import sys
 from pathlib import Path
