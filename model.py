@@ -13,6 +13,7 @@ or data in here.
 import io
 import math
 import os
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -37,6 +38,7 @@ SPLAT = {   # channels, then gain and bias of the last 1x1 convolution, then wha
 }
 WIDTHS = [width for width, _, _ in SPLAT.values()]
 S = sum(WIDTHS)                      # 24 channels
+SUMS = 8                             # weighted sums of s_t from which the code is read (ours)
 
 
 def splats_to_gaussians(raw, K, cfg):
@@ -180,7 +182,11 @@ class UNet(nn.Module):
                 self.enc[f"{name}_block{i}"] = Block(c, c_out, emb, attention=attend)
                 c = c_out
                 skips.append(c)
-        self.read = nn.Linear(c + S, cfg.code) if time and cfg.code else None
+        self.blocks = cfg.blocks
+        self.read = None
+        if time and cfg.code:
+            self.where = nn.Conv2d(cfg.width * cfg.mult[0], SUMS, 1)
+            self.read = nn.Linear(c + SUMS * S, cfg.code)
         self.dec = nn.ModuleDict()
         for name, c_out, attend in reversed(levels):
             if not self.dec:
@@ -225,9 +231,10 @@ class UNet(nn.Module):
             for layer in self.enc.values():
                 x = layer(x, emb) if isinstance(layer, Block) else layer(x)
                 skips.append(x)
-            if self.read:   # one code for all pixels, so in their sum it stands out from the noise
-                total = s_t.sum((2, 3)) / (s_t.shape[2] * s_t.shape[3]) ** 0.5    # (B, 24)
-                seen = torch.cat([x.mean((2, 3)), total], 1)                  # (B, c + 24)
+            if self.read:   # one code for all pixels, so in sums over them it stands out from noise
+                where = 1 + self.where(skips[self.blocks]).flatten(2)         # (B, 8, HW) weights
+                sums = where @ s_t.flatten(2).mT / where.shape[2] ** 0.5      # (B, 8, 24)
+                seen = torch.cat([x.mean((2, 3)), sums.flatten(1)], 1)        # (B, c + 8 24)
                 code = self.read(seen).float().tanh()                         # (B, code)
             if code is not None:
                 emb = code if emb is None else torch.cat([emb, code], 1)      # (B, emb + code)
@@ -244,6 +251,7 @@ T = 100          # noise levels (paper)
 T_STAR = 20      # stage 2 starts above this level (paper)
 STEPS = 10       # DDIM steps, in stage 2 and when sampling (paper)
 RHO = 4          # strength of guidance: how many deviations of its noise s_t is moved (ours)
+SIGNAL = 0.2     # deviation of s_0 with a code (ours): small, so that noise hides it at T - 1
 
 
 def alpha_bar(t):
@@ -318,7 +326,7 @@ class Denoiser(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.unet = UNet(cfg, 3 + S, time=True)
-        # (2, 24): per channel, the mean and deviation of the teacher's splats
+        # (2, 24): per channel, the mean and the unit of the splats that are noised
         self.register_buffer("stats", torch.stack([torch.zeros(S), torch.ones(S)]))
 
     def mean(self, raw):
@@ -336,8 +344,9 @@ class Denoiser(nn.Module):
         return self.normalise(raw, mean), code
 
     def normalise(self, raw, mean):
-        """Raw splats -> s (B, 24, H, W): by how much they differ from `mean`, in units of the
-        deviation of the teacher's splats (our choice: channels differ by orders of magnitude)."""
+        """Raw splats -> s (B, 24, H, W): by how much they differ from `mean`, each channel in its
+        own unit (our choice: channels differ by orders of magnitude). s has deviation SIGNAL, or 1
+        without a code."""
         return (canonical(raw, mean) - mean) / self.stats[1, :, None, None]
 
     def gaussians(self, s, mean, K):
@@ -357,7 +366,7 @@ class Denoiser(nn.Module):
         theirs = unet.state_dict()
         code = self.cfg.code
         for name, mine in self.unet.state_dict().items():
-            if name.startswith("map_layer"):                  # of the time
+            if name.startswith(("map_layer", "where")):       # what could not leave zero
                 continue
             mine.zero_()
             w = theirs.get(name, mine.clone())
@@ -414,6 +423,12 @@ def save_network(path, network, meta, half=True):
     content = dict(network=type(network).__name__, config=asdict(network.cfg), state=state,
                    meta=meta)
     write_atomically(path, lambda f: torch.save(content, f))
+
+
+def fingerprint(network):
+    """One number for all weights, as a file in half precision holds them."""
+    weights = [x.half().cpu().numpy().tobytes() for x in network.state_dict().values()]
+    return zlib.crc32(b"".join(weights))
 
 
 def load_network(path, cls, device="cpu"):

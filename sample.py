@@ -27,7 +27,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import data
-from model import Denoiser, S, load_network, pick_device, write_atomically
+from model import Denoiser, S, fingerprint, load_network, pick_device, write_atomically
 from rasterize import (ALPHA_MIN, LOW_PASS, NEAR, Camera, Gaussians, fail, invert_pose, render,
                        transform)
 from teacher import Teacher
@@ -254,6 +254,16 @@ def scene(views, index, cfg):
     return x.to(cfg.device), cam.to(cfg.device), background
 
 
+def load_student(path, device):
+    """-> (denoiser, teacher, meta) of a student's file and of the teacher.pt beside it, whose
+    splats are what the student denoises around."""
+    student, meta = load_network(path, Denoiser, device)
+    teacher, _ = load_network(path.with_name("teacher.pt"), Teacher, device)
+    if meta.get("teacher") != fingerprint(teacher):
+        fail(f"{path}: was trained with another teacher than the teacher.pt beside it")
+    return student, teacher, meta
+
+
 def predictor(teacher, student, views, cfg, given=None, n=1):
     """-> predict(o): the Gaussians of test object o from its source view, by the student, or by the
     teacher if that is None. The further views in given(views, o), which begins with the source,
@@ -361,7 +371,7 @@ def score_table(cfg, views, about):
         from lpips import LPIPS
         lpips = LPIPS(net="vgg", verbose=False).to(cfg.device)
     told = lambda views, o: told_views(views, o, cfg.told)
-    teacher, _ = load_network(out / "teacher.pt", Teacher, cfg.device)
+    teacher, meta = load_network(out / "teacher.pt", Teacher, cfg.device)
     rows = {}
     for name, given in {"teacher": None, f"teacher, told {cfg.told} views": told,
                         "stage 1": None, "stage 1, guided by 1": opposite_views,
@@ -370,8 +380,9 @@ def score_table(cfg, views, about):
         weights = out / f"{stem[:7]}.pt"                    # teacher.pt, stage_1.pt or stage_2.pt
         if name != "teacher" and not weights.exists() or given is told and not teacher.encoder:
             continue
-        network, meta = load_network(weights, Denoiser if "stage" in name else Teacher, cfg.device)
-        student = network if "stage" in name else None
+        student = None
+        if "stage" in name:
+            student, _, meta = load_student(weights, cfg.device)
         predict = predictor(teacher, student, views, cfg, given, cfg.samples)
         scores = evaluate(predict, views, cfg, cfg.eval_views, range(len(views)), name, lpips)
         rows[name] = dict(minutes=meta["minutes"], **average_scores(scores))
@@ -634,11 +645,10 @@ def main():
         if wrong:
             fail(message)
     a.device = pick_device(a.device)
-    denoiser, meta = load_network(a.weights, Denoiser, a.device)
+    denoiser, teacher, meta = load_student(a.weights, a.device)
     denoiser.to(memory_format=torch.channels_last)                            # faster on a CPU
     kind = "procedural" if meta["data"]["procedural"] else "real"
     print(f"weights: {a.weights} ({meta['dataset']}, {kind}, {denoiser.cfg.size} pixels)")
-    teacher, _ = load_network(a.weights.with_name("teacher.pt"), Teacher, a.device)
     a.steps = a.steps or meta["steps"]
     errors = []
     for path, stem in zip(a.image, stems):

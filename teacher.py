@@ -16,7 +16,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from model import (ModelConfig, UNet, canonical, group_norm, load_checkpoint, load_network,
+from model import (ModelConfig, UNet, group_norm, load_checkpoint, load_network,
                    splats_to_gaussians)
 from rasterize import fail, reading, render
 
@@ -96,10 +96,10 @@ def can_be_told(teacher, code):
 
 @torch.no_grad()
 def splat_statistics(batches):
-    """Per channel, the mean and deviation of batches of raw splats (B, 24, H, W) -> (2, 24)."""
+    """Per channel, the mean and deviation of batches of splats (B, 24, H, W) -> (2, 24)."""
     count = total = square = 0
-    for raw in batches:
-        s = canonical(raw).double().movedim(1, 0).flatten(1).cpu()            # (24, BHW)
+    for s in batches:
+        s = s.double().movedim(1, 0).flatten(1).cpu()                         # (24, BHW)
         count += s.shape[1]
         total += s.sum(1)                                                     # (24,)
         square += s.square().sum(1)                                           # (24,)

@@ -39,8 +39,8 @@ import toys.cars
 import train
 from csrc.bench import benchmark_scene, random_views
 from model import (RHO, T, T_STAR, S, Denoiser, ModelConfig, add_noise, alpha_bar, canonical,
-                   ddim_step, denoise, lambda_t, load_checkpoint, load_network, save_network,
-                   signal_noise, splats_to_gaussians, write_atomically)
+                   ddim_step, denoise, fingerprint, lambda_t, load_checkpoint, load_network,
+                   save_network, signal_noise, splats_to_gaussians, write_atomically)
 from rasterize import (ALPHA_MAX, C0, C1, LOW_PASS, NEAR, Camera, Gaussians, invert_pose,
                        matrix_to_quat, quat_to_matrix, render, transform)
 from teacher import Teacher, can_be_told, given_teacher, load_splatter_image, splat_statistics
@@ -1332,7 +1332,7 @@ def test_statistics_make_the_teachers_splats_standard():
     with torch.no_grad():
         raw = Teacher(TINY)(torch.rand(8, 1, 3, 16, 16))
     mean, std = splat_statistics([raw[:4], raw[4:]])[..., None]               # (24, 1) each
-    s = (canonical(raw).movedim(1, 0).flatten(1) - mean) / std                # (24, pixels)
+    s = (raw.movedim(1, 0).flatten(1) - mean) / std                           # (24, pixels)
     free = std.flatten() > 1.1e-3                                             # not constant
     assert s.mean(1).abs().max() < 1e-3 and (s.std(1)[free] - 1).abs().max() < 1e-2
 
@@ -1594,16 +1594,17 @@ def test_noised_splats_are_what_the_told_teacher_adds(shape):
     teacher, denoiser, x, cam, white = told_scene(shape)
     alone = teacher(x[:, :1])
     told = teacher(x, cam, white) if shape.code else alone                    # (2, 24, 16, 16)
-    denoiser.stats.copy_(splat_statistics([told]))
+    denoiser.stats.copy_(splat_statistics([canonical(told)]))
     constant, std = denoiser.stats[..., None, None]                           # (24, 1, 1) each
     t, eps = torch.tensor([0, 30]), random_splats()
     s, s_t, mean, code = train.noised_teacher(denoiser, teacher, x, cam, white, t, eps,
                                               train.Config(code=shape.code))
-    want = canonical(told) - (canonical(alone) if shape.code else constant)
+    base = canonical(alone) if shape.code else constant[None]
+    want = canonical(told, base) - base                                       # (2, 24, 16, 16)
     assert torch.allclose(s, want / std, atol=1e-4) and s.abs().amax((1, 2, 3)).min() > 0.01
     assert torch.equal(s_t, add_noise(s, t, eps)) and (code is None) == (not shape.code)
     mine, theirs = denoiser.gaussians(s, mean, cam.K[:, 0]), teacher.gaussians(told, cam.K[:, 0])
-    flip = theirs.quat[..., :1].sign()                                        # (2, 256, 1)
+    flip = (mine.quat * theirs.quat).sum(-1, keepdim=True).sign()             # (2, 256, 1)
     assert_same(mine, theirs._replace(quat=flip * theirs.quat), 1e-5)
 
 
@@ -2271,8 +2272,9 @@ def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     meta = dict(dataset="cars", data=dict(procedural=True), K=[16.40625, 16.40625, 8., 8.],
                 background=[1., 1., 1.], steps=3)                            # K: of procedural cars
-    save_network(folder / "stage_2.pt", Denoiser(TOLD), meta)
-    save_network(folder / "teacher.pt", Teacher(TOLD), meta)
+    teacher = Teacher(TOLD)
+    save_network(folder / "teacher.pt", teacher, meta)
+    save_network(folder / "stage_2.pt", Denoiser(TOLD), dict(meta, teacher=fingerprint(teacher)))
     return folder / "stage_2.pt"
 
 
@@ -2601,6 +2603,9 @@ def test_bad_input_of_sample_is_one_clear_line(tiny, cars, tmp_path, monkeypatch
     Image.new("RGB", (20, 10)).save(tmp_path / "wide.png")
     odd.mkdir()
     shutil.copy(folder / "intrinsics.txt", odd)
+    (tmp_path / "other").mkdir()
+    shutil.copy(tiny, tmp_path / "other")
+    save_network(tmp_path / "other/teacher.pt", Teacher(TOLD), {})
     (tmp_path / "not.pt").write_bytes(b"not a checkpoint")
     (tmp_path / "broken.png").write_bytes(picture.read_bytes()[:200])
     cases = [
@@ -2608,6 +2613,7 @@ def test_bad_input_of_sample_is_one_clear_line(tiny, cars, tmp_path, monkeypatch
         ([picture, "--weights", tmp_path / "none.pt"], "none.pt"),
         ([picture, "--weights", tmp_path / "not.pt"], "not.pt"),
         ([picture, "--weights", tiny.with_name("teacher.pt")], "teacher.pt"),
+        ([picture, "--weights", tmp_path / "other/stage_2.pt"], "another teacher"),
         ([picture, "--view", tmp_path / "none.png", "--pose", good], "none.png"),
         ([tmp_path / "wide.png", *view, good], "wide.png"),
         ([picture, "--view", picture], "--pose"), ([picture, picture, *view, good], "--view"),

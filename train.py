@@ -37,9 +37,9 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
-from model import (STEPS, T, T_STAR, WEIGHTINGS, Denoiser, ModelConfig, S, add_noise, denoise,
-                   lambda_t, load_checkpoint, load_network, pick_device, save_network,
-                   write_atomically)
+from model import (SIGNAL, STEPS, T, T_STAR, WEIGHTINGS, Denoiser, ModelConfig, S, add_noise,
+                   denoise, fingerprint, lambda_t, load_checkpoint, load_network, pick_device,
+                   save_network, write_atomically)
 from rasterize import Camera, Captured, choose, fail, invert_pose, reading, render
 from sample import evaluate_few, preview, score_table
 from teacher import Teacher, given_teacher, splat_statistics
@@ -78,7 +78,7 @@ class Config:
     clip: float = 1.0            # gradient norm
     ema: float = 0.99            # averaging of weights; the averages are evaluated and kept
     # losses, weights ours: the paper's coefficients are not known
-    w_3dgs: float = 1.0          # stage 1: mean square on normalised splats
+    w_3dgs: float = 0.1          # stage 1: mean square on normalised splats
     w_3dgs_2: float = 0.0        # the same in stage 2; the paper drops it there
     w_code: float = 0.05         # ours, stage 1: reading the teacher's code off the noised splats
     w_cyc: float = 0.1           # both stages; at 1 it outweighs the images, at 0 it is left out
@@ -105,8 +105,8 @@ class Config:
 
 
 GPU = dict(n_train=2000, n_test=100, size=128, width=32, mult=(1, 2, 4, 4, 4), attn=16, bf16=True,
-           told=16, iters=(20000, 14000, 0), batch=(32, 16, 16), lr=(1e-3, 5e-4, 5e-5),
-           warmup=200, ema=0.999, w_3dgs=0.1, w_cyc=0.0, weighting="noise", t_known=50,
+           told=16, iters=(28000, 14000, 0), batch=(32, 16, 16), lr=(1e-3, 5e-4, 5e-5),
+           warmup=200, ema=0.999, w_3dgs=0.02, w_cyc=0.0, weighting="noise", t_known=50,
            steps=STEPS, graph=True, compile=True, eval_views=11, log_every=100,
            preview_every=2000, save_every=2000)
 # What the paper says, and where it is silent Splatter Image: its teacher is --width=128 --blocks=4.
@@ -320,11 +320,13 @@ def make_networks(cfg, stage, views, background):
     if cfg.paper:
         network.unet.start(cfg.size, **views.meta["start"])
     if stage == 1:
-        # statistics of the splats that stage 1 will noise, over 32 batches
+        # units of the splats that stage 1 will noise, from 32 batches
+        network.to(cfg.device)
         draws = (draw_batch(views, cfg, 0, cfg.iters[0] + i, slice(None)) for i in range(32))
-        network.stats.copy_(splat_statistics(
-            teacher(x if cfg.code else x[:, :1], Camera(w2c, K, views.meta["hw"]), background)
-            for x, w2c, K, _, _ in draws))
+        splats = (noised_teacher(network, teacher, x, Camera(w2c, K, views.meta["hw"]), background,
+                                 t, eps, cfg)[0] for x, w2c, K, t, eps in draws)
+        network.stats.copy_(splat_statistics(splats))                         # (2, 24)
+        network.stats[1] /= SIGNAL if cfg.code else 1
         if cfg.warm_start and replace(teacher.cfg, code=cfg.code) == shape:
             network.warm_start(teacher.unet)
         elif cfg.warm_start:
@@ -381,7 +383,8 @@ def train_stage(cfg, stage, views, test, state):
                  optimiser=optimiser.state_dict())
     state |= dict(stage=stage + 1, step=0, minutes=(time.time() - began) / 60)
     if RANK == 0:   # a teacher that was given stays as it is, to the last bit
-        meta = about(cfg, views, stage=stage, iters=iters, minutes=state["minutes"])
+        meta = about(cfg, views, stage=stage, iters=iters, minutes=state["minutes"],
+                     teacher=fingerprint(teacher) if teacher else None)
         name = f"stage_{stage}.pt" if stage else "teacher.pt"
         save_network(out / name, ema, meta, half=stage > 0 or not cfg.teacher)
     save(cfg, views, stage=stage + 1, step=0, minutes=state["minutes"])

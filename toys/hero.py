@@ -16,9 +16,8 @@ HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 import data
 import sample
-from model import Denoiser, load_network, pick_device
+from model import pick_device
 from rasterize import Gaussians
-from teacher import Teacher
 
 CARS = 2, 5, 10, 11         # of the test set, of different paint
 SAMPLES = 4
@@ -30,8 +29,7 @@ ELEVATION = 26              # degrees by which view 64 looks down
 def main():
     weights = Path(sys.argv[1] if len(sys.argv) > 1 else HERE / "weights" / "cars.pt")
     device = pick_device()
-    denoiser, meta = load_network(weights, Denoiser, device)
-    teacher, _ = load_network(weights.with_name("teacher.pt"), Teacher, device)
+    denoiser, teacher, meta = sample.load_student(weights, device)
     size = denoiser.cfg.size
     cfg = SimpleNamespace(device=device, size=size, seed=0, steps=meta["steps"])
     views = data.prepare("cars", "data", size, 1, max(CARS) + 1, splits=("test",))["test"]
