@@ -433,17 +433,13 @@ def smallest_csrc(tmp_path):
 @needs_kernel
 def test_builds_survive_a_killed_one_and_each_other(tmp_path):
     """Against two builds at once where a killed one left torch's lock and half a file."""
-    code, env = smallest_csrc(tmp_path)   # and a compiler that writes half a file and hangs
-    (tmp_path / "c++").write_text('#!/bin/sh\ncase "$*" in *" -c "*) echo > main.o; sleep 20;; '
-                                  '*) exec c++ "$@";; esac\n')
-    (tmp_path / "c++").chmod(0o755)
-    p = run_python(code + "rasterize.load_kernels('cpu')", CXX=str(tmp_path / "c++"), **env)
-    while not list((tmp_path / "built").glob("*/main.o")):
-        assert p.poll() is None, p.communicate()[0]
-        time.sleep(0.1)
-    p.kill()
-    assert list((tmp_path / "built").glob("*/lock"))
-    both = [run_python(code + "rasterize.load_kernels('cpu')", **env) for _ in range(2)]
+    code, env = smallest_csrc(tmp_path)
+    code += "rasterize.load_kernels('cpu')"
+    run_python(code, CXX="/nonexistent", **env).wait()                        # makes the folder
+    folder, = (tmp_path / "built").iterdir()
+    (folder / "lock").touch()
+    (folder / "main.o").write_text("half")
+    both = [run_python(code, **env) for _ in range(2)]
     said = [p.communicate(timeout=100)[0] for p in both]
     assert not any(p.returncode for p in both), said
     assert "".join(said).count("compiling") == 1
@@ -522,6 +518,12 @@ def copy_of(root, to):
     return to
 
 
+def with_files_of_at_most(kilobytes, command):
+    """Runs the command as on a full disk: no file can grow larger."""
+    return subprocess.run(["bash", "-c", f'ulimit -f {kilobytes}; exec "$@"', "_", *command],
+                          capture_output=True, text=True, cwd=HERE)
+
+
 def refused(call, *args, **more):
     """The one line in which a call ends."""
     with pytest.raises(SystemExit) as e:
@@ -531,22 +533,17 @@ def refused(call, *args, **more):
 
 
 def test_cars_are_written_and_read_back(cars):
-    """Against what was written: counts, names, white corners, intrinsics, both doors' colours."""
+    """Against what was written: counts, white corners, intrinsics; a larger pack is its mean."""
     splits = data.prepare("cars", cars, 32, n_train=2, n_test=1, quiet=True)
     train, test = splits["train"], splits["test"]
     assert len(train) == 2 and train.start.tolist() == [0, 50, 100] and len(test.images) == 251
-    assert not set(train.names) & set(test.names)
     assert train.images.dtype == torch.uint8 and train.images.shape == (100, 3, 32, 32)
     assert (train.images[:, :, 0, 0] == 255).all() and train.images.float().std() > 20
     torch.testing.assert_close(train.K, torch.tensor([[131.25, 131.25, 64, 64]]).expand(100, 4) / 4)
     assert train.meta["procedural"] and train.meta["fingerprint"] != test.meta["fingerprint"]
-    attributes = json.loads((cars / "cars/cars_train/train_00000/attributes.json").read_text())
-    assert set(attributes["doors"]) == {"left", "right"}
-    assert set(attributes["doors"].values()) <= set(toys.cars.DOORS)
     big = data.load(cars, "cars", "train", 128, quiet=True)
-    mean = torch.nn.functional.avg_pool2d(big.images[:9].float(), 4)
+    mean = F.avg_pool2d(big.images[:9].float(), 4)                            # (9, 3, 32, 32)
     assert (mean - train.images[:9].float()).abs().max() <= 1
-    torch.testing.assert_close(train.K * 4, big.K)
 
 
 def test_a_batch_is_distinct_views_of_one_object_seen_from_the_first(cars):
@@ -584,7 +581,7 @@ LENS, POINT = (131.25, 131.25, 64, 64), np.array([.2, -.1, .15])
 LOOKS = np.stack([toys.cars.look_at_origin(side) for side in SIDES])                # (5, 4, 4)
 ROUND = np.stack([toys.cars.look_at_origin(side, 1.3 + .2 * i) for i, side in enumerate(SIDES)])
 BOX = [picture_of_a_box(POINT, m, LENS, 128) for m in ROUND]
-GREY = [np.full((32, 32, 4), 100, np.uint8)] * 5
+WIDE, GREY = (32, 32, 16, 16), [np.full((32, 32, 4), 100, np.uint8)] * 5
 
 
 def write_srn(folder, c2w, K, pictures):
@@ -700,30 +697,27 @@ def test_a_known_point_lands_on_its_pixel_in_the_stretched_frames_of_clips(tmp_p
     write_clip(folder / "gone", ROUND, lens, [stretch(crop[0])])
     (folder / "gone/0.png").unlink()
     folder.with_suffix(".txt").write_text("b 1 0 2 2\nb 0 1 2 2\n")
-    views = data.load(tmp_path, "re10k", "test", 48)
+    load = lambda: data.load(tmp_path, "re10k", "test", 48)
+    views = load()
     assert "without frames, left out: 1\n" in capsys.readouterr().out and views.names == ["a", "b"]
-    assert views.images.shape == (8, 3, 48, 72) and views.meta["hw"] == (48, 72)
-    assert views.meta["listed"] == dict(b=(1, 0, 2, 2))
-    again = data.load(tmp_path, "re10k", "test", 48)
-    assert torch.equal(again.images, views.images) and len([*tmp_path.glob(".cache/*")]) == 2
-    assert data.gather(views, torch.tensor([[5, 6]]))[1].hw == (48, 72)
+    assert views.images.shape == (8, 3, 48, 72) and views.meta["listed"] == dict(b=(1, 0, 2, 2))
+    assert torch.equal(load().images, views.images) and len([*tmp_path.glob(".cache/*")]) == 2
+    assert data.gather(views, torch.tensor([[5, 6]]))[1].hw == views.meta["hw"] == (48, 72)
     want = torch.tensor(lens) * torch.tensor([72 / 192, 48 / 96] * 2)
     torch.testing.assert_close(views.K, want.expand(8, 4))
     for first, last, unit in (0, 5, ROUND), (5, 8, moved[:3]):
         eye = views.c2w[first:last, :3, 3].double()                 # (V, 3)
         spread = np.sqrt(((unit[:, :3, 3] - unit[:, :3, 3].mean(0)) ** 2).sum(1).mean())
-        np.testing.assert_allclose((eye - eye.mean(0)).square().sum(1).mean(), 1, rtol=1e-5)
         np.testing.assert_allclose(eye, unit[:, :3, 3] / spread, rtol=1e-5, atol=1e-5)
         point = torch.from_numpy(POINT if last == 5 else 40 * POINT + [5, -3, 7]) / spread
         assert_the_point_is_on_its_pixel(views, slice(first, last), point, .2)
     (folder / "a.txt").write_text((folder / "a.txt").read_text() + "\n")         # a blank line
-    assert data.load(tmp_path, "re10k", "test", 48).meta["fingerprint"] == views.meta["fingerprint"]
+    assert load().meta["fingerprint"] == views.meta["fingerprint"]
     assert len([*tmp_path.glob(".cache/*")]) == 4                   # the cameras count, too
     write_clip(folder / "c", np.stack([ROUND[0]] * 2), lens, [*map(stretch, crop[:2])])
-    still = data.load(tmp_path, "re10k", "test", 48, quiet=True).c2w[8:]
-    torch.testing.assert_close(still, torch.from_numpy(ROUND[[0, 0]]).float())
+    torch.testing.assert_close(load().c2w[8:], torch.from_numpy(ROUND[[0, 0]]).float())   # still
     folder.with_suffix(".txt").write_text("b 1 0 2\n")
-    assert "test.txt: not Flash3D's list" in refused(data.load, tmp_path, "re10k", "test", 48)
+    assert "test.txt: not Flash3D's list" in refused(load)
 
 
 def test_the_targets_of_a_frame_are_distinct_and_within_its_window():
@@ -732,94 +726,24 @@ def test_the_targets_of_a_frame_are_distinct_and_within_its_window():
     views = data.Views(None, None, None, start, ["long", "short"], dict(window=5))
     objects, index = data.draw(views, 4000, 4, torch.Generator().manual_seed(1))
     assert (index >= start[objects, None]).all() and (index < start[objects + 1, None]).all()
-    assert (index - index[:, :1]).abs().max() == 5
     assert all(len(set(row)) == (4 if row[0] < 40 else 3) for row in index.tolist())
     assert set(index[:, 0].tolist()) == set(range(43))              # any frame is a source
     assert set((index - index[:, :1])[:, 1:].flatten().tolist()) == set(range(-5, 6))   # 0: repeats
-    wide, free = (data.draw(data.replace(views, meta=meta), 99, 4, torch.Generator().manual_seed(2))
-                  for meta in (dict(window=100), {}))
-    assert torch.equal(wide[1], free[1])
-
-
-def corners(a, n):
-    """The n pixels (n, 2), x y, of a picture (H, W) with the strongest corners, not too near."""
-    y, x = torch.gradient(a)
-    smooth = lambda p: F.avg_pool2d(p[None], 5, 1, 2)[0]
-    xx, yy, xy = map(smooth, (x * x, y * y, x * y))                 # (H, W)
-    least = xx + yy - ((xx - yy) ** 2 + 4 * xy ** 2).sqrt()         # eigenvalue, (H, W)
-    least = least * (least == F.max_pool2d(least[None], 15, 1, 7)[0])
-    i = F.pad(least[8:-8, 8:-8], [8] * 4).flatten().topk(n).indices
-    return torch.stack([i % a.shape[1], i // a.shape[1]], 1)
-
-
-def match(a, b, at):
-    """Where in b (H, W) the 15 x 15 pixels of a around each `at` (n, 2) look most alike, by
-    normalised cross-correlation with all of b -> (n, 2) to a part of a pixel, and that (n,)."""
-    patch = a.unfold(0, 15, 1).unfold(1, 15, 1)[at[:, 1] - 7, at[:, 0] - 7]         # (n, 15, 15)
-    patch = F.layer_norm(patch, (15, 15), eps=1e-8)
-    spread = (F.avg_pool2d(b[None] ** 2, 15, 1) - F.avg_pool2d(b[None], 15, 1) ** 2).clamp(1e-5)
-    score = (F.conv2d(b[None, None], patch[:, None]) / 225 / spread.sqrt())[0]      # (n, h, w)
-    best, i = score[:, 1:-1, 1:-1].flatten(1).max(1)
-    y = i // (score.shape[2] - 2) + 1                               # (n,)
-    x = i % (score.shape[2] - 2) + 1                                # (n,)
-    k = torch.arange(len(at))
-    peak = lambda low, high: (low - high) / (2 * (low + high - 2 * best))           # of a parabola
-    x_part = peak(score[k, y, x - 1], score[k, y, x + 1])
-    y_part = peak(score[k, y - 1, x], score[k, y + 1, x])
-    return torch.stack([x + x_part, y + y_part], 1) + 7, best
-
-
-def epipolar_distances(w2c, K, p, q):
-    """Pixels (n,) from q (n, 2) to the lines on which the second camera sees the rays of p (n, 2)
-    of the first; w2c (4, 4): from the first camera to the second, K (2, 4)."""
-    ray = torch.cat([(p - K[0, 2:]) / K[0, :2], torch.ones(len(p), 1)], 1)          # (n, 3)
-    plane = torch.linalg.cross(w2c[:3, 3].expand_as(ray), ray @ w2c[:3, :3].T)      # (n, 3)
-    line = plane[:, :2] / K[1, :2]                                                  # (n, 2)
-    return ((line * (q - K[1, 2:])).sum(1) + plane[:, 2]).abs() / line.norm(dim=1)
-
-
-@pytest.mark.skipif(not (SHARED / "re10k").exists(), reason="the five real clips are not here")
-def test_matches_in_real_clips_lie_on_their_epipolar_lines(tmp_path):
-    """Against corners that are matched from frame to frame and back without any camera: half are
-    within 0.6 pixels in each clip; with one focal length for both axes they are not as near."""
-    (tmp_path / "re10k").mkdir()
-    (tmp_path / "re10k/test").symlink_to(SHARED / "re10k")
-    views = data.load(tmp_path, "re10k", "test", 256, quiet=True)
-    assert len(views) == 5 and views.images.shape == (80, 3, 256, 384)
-    medians = []
-    for first in views.start[:-1].tolist():
-        right, wrong = [], []
-        for v in range(first, first + 15, 3):
-            x, cam = data.gather(views, torch.tensor([[v, v + 1]]))
-            a, b = x[0].mean(1)                                     # (H, W)
-            at = corners(a, 60)                                     # (60, 2)
-            to, alike = match(a, b, at)
-            inside = torch.tensor([7, 7]), torch.tensor([376, 248])
-            back, _ = match(b, a, to.round().long().clamp(*inside))
-            good = (alike > .9) & ((back - at).abs().amax(1) < 1.5)
-            K = cam.K[0]                                            # (2, 4)
-            for found, lens in (right, K), (wrong, K[:, [1, 1, 2, 3]]):
-                found.append(epipolar_distances(cam.w2c[0, 1], lens, at[good] + .5, to[good] + .5))
-        assert sum(map(len, right)) > 100
-        medians.append([torch.cat(right).median(), torch.cat(wrong).median()])
-    right, wrong = torch.tensor(medians).T                          # (5,) (5,)
-    assert (right <= .6).all() and (wrong > 1.2 * right).all() and wrong.sum() > 1.5 * right.sum()
 
 
 def test_pictures_of_ones_own_are_split_by_object_or_by_file(tmp_path):
     """Against the rule: every tenth object, or the last of fewer, or transforms_test.json."""
-    K = (32, 32, 16, 16)
+    own, one = tmp_path / "own", tmp_path / "one"
     for i in range(12):
-        write_nerf(tmp_path / f"own/{i:02d}", LOOKS, K, GREY)
-    (tmp_path / "own/notes").mkdir()                                # anything may lie there
-    splits = data.prepare(str(tmp_path / "own"), tmp_path, 16, quiet=True)
+        write_nerf(own / f"{i:02d}", LOOKS, WIDE, GREY)
+    (own / "notes").mkdir()                                         # anything may lie there
+    splits = data.prepare(str(own), tmp_path, 16, quiet=True)
     assert splits["train"].names == [f"{i:02d}" for i in (*range(9), 10, 11)]
     assert splits["test"].names == ["09"] and splits["train"].K.shape[1] == 5     # by workers, too
-    (tmp_path / "own/05/r_3.png").write_bytes(b"no")                # found by a worker
-    assert "05/r_3.png" in refused(data.load, tmp_path, str(tmp_path / "own"), "train", 16)
-    one = tmp_path / "one"
-    write_nerf(one, LOOKS, K, GREY, "transforms_train.json")
-    write_nerf(one, LOOKS[:3], K, GREY, "transforms_test.json")
+    (own / "05/r_3.png").write_bytes(b"no")                         # found by a worker
+    assert "05/r_3.png" in refused(data.load, tmp_path, str(own), "train", 16)
+    write_nerf(one, LOOKS, WIDE, GREY, "transforms_train.json")
+    write_nerf(one, LOOKS[:3], WIDE, GREY, "transforms_test.json")
     (one / "train").mkdir()                                         # Blender's pictures lie there
     splits = data.prepare(str(one), tmp_path, 16, quiet=True)
     assert [len(splits[split].images) for split in ("train", "test")] == [5, 3]
@@ -828,21 +752,18 @@ def test_pictures_of_ones_own_are_split_by_object_or_by_file(tmp_path):
 def test_what_else_lies_in_folders_is_left_out(tmp_path):
     """Against what Splatter Image leaves of CO3D, macOS's ._ files and a link that leads nowhere,
     in a folder named like a pattern."""
-    split, K = tmp_path / "co3d_hydrant_for_gs/train", (32, 32, 16, 16)
-    write_co3d(split / "good", LOOKS, K, GREY)
-    bad = np.where(np.arange(5)[:, None, None] == 2, np.nan, LOOKS)
-    write_co3d(split / "bad", bad, K, GREY)
+    split, own = tmp_path / "co3d_hydrant_for_gs/train", tmp_path / "**a [b]"
+    write_co3d(split / "good", LOOKS, WIDE, GREY)
+    write_co3d(split / "bad", LOOKS * np.nan, WIDE, GREY)
     (split / "empty").mkdir()
     views = data.load(tmp_path, "hydrants", "train", 16, quiet=True)
     assert views.names == ["good"]
     assert set(views.images.flatten().tolist()) == {39}                   # 100 * 100 / 255
-    folder = tmp_path / "**a [b]/x"
-    write_srn(folder, LOOKS, K, GREY)
+    write_srn(own / "x", LOOKS, WIDE, GREY)
     for name in "rgb/._000000.png", "pose/._000000.txt", ".DS_Store":
-        (folder / name).write_bytes(b"no")
-    (folder / "rgb/000009.png").symlink_to("nowhere")
-    views = data.load(tmp_path, str(folder.parent), "train", 16, quiet=True)
-    assert len(views.images) == 5 and views.names == ["x"]
+        (own / "x" / name).write_bytes(b"no")
+    (own / "x/rgb/000009.png").symlink_to("nowhere")
+    assert len(data.load(tmp_path, str(own), "train", 16, quiet=True).images) == 5
 
 
 def test_the_hidden_door_is_drawn_independently_and_painted_both_ways(cars):
@@ -865,18 +786,16 @@ def test_the_hidden_door_is_drawn_independently_and_painted_both_ways(cars):
 
 
 def test_one_seed_gives_the_same_bytes_and_more_cars_only_add(cars, tmp_path):
-    """Against a repeat, with one object missing."""
+    """Against a repeat, with one object missing; real cars come before procedural ones."""
     again = copy_of(cars, tmp_path)
     shutil.rmtree(again / "cars/cars_train/train_00001")
-    before = (again / "cars/cars_test/test_00000/rgb/000064.png").stat().st_mtime_ns
     splits = data.prepare("cars", again, 32, n_train=3, n_test=1, quiet=True)
     for file in sorted((cars / "cars/cars_train").rglob("*.*")):
         assert file.read_bytes() == (again / file.relative_to(cars)).read_bytes()
     assert len(splits["train"]) == 3 and not list((again / "cars/cars_train").glob(".*"))
-    assert (again / "cars/cars_test/test_00000/rgb/000064.png").stat().st_mtime_ns == before
     fewer = data.prepare("cars", again, 32, n_train=2, n_test=1, quiet=True)["train"]
     assert fewer.meta["fingerprint"] == data.load(cars, "cars", "train", 32).meta["fingerprint"]
-    write_srn(again / "srn_cars/cars_train/real", LOOKS, LENS, BOX)             # before procedural
+    write_srn(again / "srn_cars/cars_train/real", LOOKS, LENS, BOX)
     real = data.prepare("cars", again, 32, quiet=True)
     assert list(real) == ["train"] and real["train"].names == ["real"]
     assert not real["train"].meta["procedural"]
@@ -905,36 +824,19 @@ def test_the_packed_file_is_rebuilt_when_a_file_changes_and_never_used_half_writ
 
 
 def test_alpha_is_straight_but_in_srn_only_a_mask(tmp_path):
-    """Against hand-made pixels on white and on black, and of 16 bits; more with masks, below."""
-    def read(pixel, kind=np.uint8, background=(1, 1, 1)):
-        Image.fromarray(np.full((2, 3, *np.shape(pixel)), pixel, kind)).save(tmp_path / "x.png")
+    """Against hand-made pixels on white and on black, of 16 bits, and of the one value that a PNG
+    calls transparent; more with masks, below."""
+    def read(pixel, kind=np.uint8, background=(1, 1, 1), **more):
+        picture = Image.fromarray(np.full((2, 3, *np.shape(pixel)), pixel, kind))
+        picture.save(tmp_path / "x.png", **more)
         return data.on_background(data.read_rgba(tmp_path / "x.png"), background)[0, 0].tolist()
     assert read((205, 55, 5, 128), background=(0, 0, 0)) == [103, 28, 3]
     assert read((0, 0, 0, 0)) == [255, 255, 255]
-    assert read(77) == read(257 * 77, np.uint16) == [77] * 3
-    write_srn(tmp_path / "a", LOOKS[:1], (32, 32, 16, 16), [np.full((32, 32, 4), 128, np.uint8)])
+    assert read(77) == read(257 * 77, np.uint16) == read(77, transparency=78) == [77] * 3
+    assert read(77, transparency=77) == read(300, np.uint16, transparency=300) == [255] * 3
+    write_srn(tmp_path / "a", LOOKS[:1], WIDE, [np.full((32, 32, 4), 128, np.uint8)])
     pixels, _, _ = data.read_object(tmp_path / "a", "train", 32, dict(background=(1., 1., 1.)))
     assert (pixels == 128).all()
-
-
-def png(path, depth, colour, row, key):
-    """A PNG of one row, written by hand: bits a channel, kind of colour, bytes, tRNS."""
-    chunk = lambda name, body: (len(body).to_bytes(4, "big") + name + body
-                                + zlib.crc32(name + body).to_bytes(4, "big"))
-    size = bytes([0, 0, 0, 2, 0, 0, 0, 1, depth, colour, 0, 0, 0])
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"tRNS", key)
-                     + chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b""))
-
-
-@pytest.mark.parametrize("depth, colour, row, key, grey", [
-    (2, 0, b"\x60", b"\0\x02", 85), (4, 0, b"\x35", b"\0\x05", 51),
-    (8, 0, b"\x33\x55", b"\0\x55", 51), (16, 0, b"\x33\x33\x55\x00", b"\x55\x00", 51),
-    (16, 2, b"\x33\x33" * 3 + b"\x55\x20" * 3, b"\x55\x20" * 3, 51)])
-def test_the_transparent_value_of_a_png_has_its_depth(depth, colour, row, key, grey, tmp_path):
-    """Against two pixels: the first is grey, the second has the transparent value."""
-    png(tmp_path / "x.png", depth, colour, row, key)
-    first, second = np.asarray(data.read_rgba(tmp_path / "x.png"))[0]
-    assert first.tolist() == [grey] * 3 + [255] and second[3] == 0
 
 
 POSE, PICTURE, NERF, MASKED = ("pose/000003.txt", "rgb/000003.png", "transforms.json",
@@ -944,27 +846,22 @@ POSE, PICTURE, NERF, MASKED = ("pose/000003.txt", "rgb/000003.png", "transforms.
 @pytest.mark.parametrize("write, name, how, said", [
     (write_srn, "intrinsics.txt", None, "no objects with cameras"),
     (write_srn, "intrinsics.txt", b"a b c\n", "intrinsics.txt"),
-    (write_srn, "intrinsics.txt", b"-1 64 64 0.\n128 128\n", "intrinsics.txt"),
     (write_srn, "intrinsics.txt", b"131 64 129 0.\n128 128\n", "intrinsics.txt"),
     (write_srn, "rgb", None, "rgb/000000.png"), (write_srn, POSE, None, POSE),
-    (write_srn, POSE, b"1 " * 15, POSE), (write_srn, POSE, b"nan " * 16, POSE),
+    (write_srn, POSE, b"nan " * 16, POSE),
     (write_srn, POSE, b"-1 0 0 0 0 1 0 0 0 0 1 1 0 0 0 1", POSE),           # mirrored
     (write_srn, PICTURE, b"\x89PNG\r\n\x1a\n", PICTURE),
     (write_srn, PICTURE, Image.new("RGB", (32, 24)), PICTURE),
     (write_nerf, NERF, b"{", "not NeRF's transforms"), (write_nerf, "r_3.png", b"no", "r_3.png"),
     (write_nerf, NERF, b'{"frames": []}', "a: not an object"),
-    (write_nerf, "r_3.png", None, "r_3.png: not a readable image"),
     (write_nerf, NERF, ("./r_3", "../r_3"), "not below this folder"),
     (write_nerf, NERF, ("camera_angle_x", "angle"), "fl_x or camera_angle_x"),
     (write_nerf, NERF, ("[[0.0, -0.8", "[[9.0, -0.8"), "r_0.png: not a pose"),
-    (write_clip, "../a.txt", None, "no objects with cameras"),
     (write_clip, "../a.txt", b"url\n0 1 1 .5 .5\n", "a.txt: not a clip"),
     (write_clip, "../a.txt", ("0 1.000000000", "0 0.000000000"), "a.txt: no focal length"),
     (write_clip, "../a.txt", (" -0.8", " -9.8"), "a.txt: 0: not a pose"),
     (write_clip, "100101.png", None, "a/100101.jpg: not a readable image"),
-    (write_clip, "100101.png", b"no", "a/100101.png: not a readable image"),
     (write_co3d, MASKED, b"no", MASKED), (write_co3d, MASKED, np.zeros((4, 3, 8, 8)), MASKED),
-    (write_co3d, MASKED, np.full((5, 3, 32, 32), np.nan), MASKED),
     (write_co3d, "focal_lengths.npy", np.array([1, 1, 1, 1, np.inf]), "focal_lengths.npy"),
     (write_co3d, "../camera_Rs.npz", dict(b=np.eye(3)), "no objects with cameras"),
     (write_co3d, "../camera_Rs.npz", dict(a=np.ones((5, 3, 3))), "camera_Rs.npz: a: not a pose")])
@@ -975,7 +872,7 @@ def test_bad_files_are_named_in_one_line(write, name, how, said, tmp_path):
         write_srn: ("cars", "srn_cars/cars_train"), write_nerf: (str(tmp_path), ""),
         write_co3d: ("hydrants", "co3d_hydrant_for_gs/train"),
         write_clip: ("re10k", "re10k/train")}[write]
-    write(tmp_path / base / "a", LOOKS, (32, 32, 16, 16), GREY)
+    write(tmp_path / base / "a", LOOKS, WIDE, GREY)
     path = tmp_path / base / "a" / name
     if how is None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -1012,15 +909,13 @@ def write_own(folder, camera=(), frame=(), hw=(64, 64), pixel=(90, 90, 90)):
     (dict(camera=dict(aabb_scale=16, is_fisheye=False, rolling_shutter=[0] * 4),
           frame=dict(colmap_im_id=7, sharpness=30.0)), (80, 80, 32, 32)),
     (dict(camera=dict(camera_model="OPENCV_FISHEYE")), "OPENCV_FISHEYE"),
-    (dict(camera=dict(k4=0.2)), "k4"), (dict(frame=dict(k5=1e-3)), "k5"),
-    (dict(frame=dict(is_fisheye=True)), "is_fisheye"),
-    (dict(camera=dict(fl_x=math.nan)), "focal"), (dict(camera=dict(fl_x=-80)), "focal"),
-    (dict(frame=dict(cx=65)), "principal"), (dict(frame=dict(w=0, h=0)), "w 0"),
+    (dict(camera=dict(k4=0.2)), "k4"), (dict(frame=dict(is_fisheye=True)), "is_fisheye"),
+    (dict(camera=dict(fl_x=math.nan)), "focal"), (dict(frame=dict(cx=65)), "principal"),
+    (dict(frame=dict(w=0, h=0)), "w 0"),
     (dict(camera=dict(fl_x=None, fl_y=None, camera_angle_x=40)), "focal"),      # degrees
     (dict(camera=dict(camera_angle_x=1.2)), "camera_angle_x and fl_x"),
     (dict(camera=dict(fl_x=1.25, fl_y=1.25)), "focal"),             # of the picture's width
-    (dict(hw=(128, 64)), "0.png"), (dict(frame=dict(mask_path="no.png")), "no.png"),
-    (dict(frame=dict(transform_matrix=[[1, 0, 0, math.nan], *np.eye(4)[1:].tolist()])), "4.png")])
+    (dict(hw=(128, 64)), "0.png"), (dict(frame=dict(mask_path="no.png")), "no.png")])
 def test_transforms_are_read_as_documented_and_what_is_no_pinhole_is_refused(more, want, tmp_path):
     """Against the pinhole that each file describes, in pixels of the packed picture, or else the
     field, of all frames or of one, that a pinhole cannot have."""
@@ -1054,8 +949,6 @@ def test_what_cannot_be_used_is_explained_in_one_line(cars, tmp_path):
     and a camera that looks away."""
     assert "cars, chairs" in refused(data.prepare, "horses", tmp_path)
     assert "chairs_{train,test}" in refused(data.prepare, "chairs", tmp_path)
-    (tmp_path / "srn_chairs/chairs_train").mkdir(parents=True)
-    assert "srn_chairs/chairs_train" in refused(data.prepare, "chairs", tmp_path)
     assert "seed 0" in refused(data.prepare, "cars", cars, seed=1)
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "photos/a.jpg")
@@ -1064,46 +957,47 @@ def test_what_cannot_be_used_is_explained_in_one_line(cars, tmp_path):
     away[2, :3, 3] *= -1
     same[:, 0, 3] += np.arange(5)
     for name, poses, said in ("same", same, "all look the same way"), ("away", away, "looks away"):
-        write_nerf(tmp_path / name, poses, (32, 32, 16, 16), GREY)
+        write_nerf(tmp_path / name, poses, WIDE, GREY)
         assert said in refused(data.load, tmp_path, str(tmp_path / name), "train", 16)
 
 
 def test_a_full_disk_and_a_killed_packer_leave_nothing_that_two_runs_at_once_use(cars, tmp_path):
     """Against the real things: a limit on the size of files, and SIGKILL in mid-file; then against
     one run alone."""
+    root, new = copy_of(cars, tmp_path), tmp_path / "new"
     command = lambda place: [sys.executable, str(HERE / "data.py"), "cars", f"--root={place}",
                              "--size=128", "--n_train=2", "--n_test=1"]       # as a user calls it
-    root = copy_of(cars, tmp_path)
-    for most, place, said in ((1000, root, "cannot write"), (2, tmp_path / "new", "making cars")):
-        full = subprocess.run(["bash", "-c", f'ulimit -f {most}; exec "$@"', "_", *command(place)],
-                              capture_output=True, text=True, cwd=tmp_path)
+    run = lambda place: subprocess.Popen(command(place), stdout=subprocess.DEVNULL)
+    for most, place, said in (1000, root, "cannot write"), (2, new, "making cars"):
+        full = with_files_of_at_most(most, command(place))
         assert full.returncode == 1 and "Traceback" not in full.stderr
-        assert full.stderr.strip().splitlines()[-1].startswith(f"error: {said}")
-        assert str(place) in full.stderr.splitlines()[-1] and not list(place.glob(".cache/*"))
-    killed = subprocess.Popen(command(root), cwd=tmp_path, stdout=subprocess.DEVNULL)
-    part = lambda: sum(f.stat().st_size for f in root.glob(".cache/*/*"))
+        last = full.stderr.strip().splitlines()[-1]
+        assert last.startswith(f"error: {said}") and str(place) in last
+        assert not list(place.glob(".cache/*"))
+    killed, part = run(root), lambda: sum(f.stat().st_size for f in root.glob(".cache/*/*"))
     while not part() and killed.poll() is None:
         time.sleep(.01)
     killed.kill()
     killed.wait()
     assert not list(root.glob(".cache/*.u8")) and part()
-    runs = [subprocess.Popen(command(place), cwd=tmp_path, stdout=subprocess.DEVNULL)
-            for place in (root, root, tmp_path / "new", tmp_path / "new")]
-    assert not any([run.wait() for run in runs])
-    one, *both = (data.load(place, "cars", "train", 128, quiet=True)
-                  for place in (cars, root, tmp_path / "new"))
-    for views in both:
+    assert not any([both.wait() for both in [run(root), run(root), run(new), run(new)]])
+    one = data.load(cars, "cars", "train", 128, quiet=True)
+    for place in root, new:
+        views = data.load(place, "cars", "train", 128, quiet=True)
         assert torch.equal(views.images, one.images)
         assert views.meta["fingerprint"] == one.meta["fingerprint"]
 
 
 # ---- toys/rooms.py -------------------------------------------------------------------------------
 
+serial = lambda function, jobs, title: map(function, jobs)
+
+
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
     """The folder of a set of three procedural rooms."""
     folder = tmp_path_factory.mktemp("data") / "rooms"
-    rooms.generate(folder, dict(train=1, test=2), 0, lambda f, jobs, title: map(f, jobs))
+    rooms.generate(folder, dict(train=1, test=2), 0, serial)
     return folder
 
 
@@ -1123,20 +1017,6 @@ def room_of(txt):
     return SimpleNamespace(**about)
 
 
-def project(xyz, K, w2c):
-    """(n, 3) points -> (n, 2) pixels, (n,) depths."""
-    x, y, z = w2c[:3, :3] @ xyz.T + w2c[:3, 3:]
-    return np.stack([K[0] * x / z + K[2], K[1] * y / z + K[3]], 1), z
-
-
-def hue_share(picture, rgb):
-    """Share of pixels of this strong colour, whatever light falls on it."""
-    hsv = lambda x: np.asarray(Image.fromarray(x).convert("HSV"), float)
-    h, s, v = hsv((255 * picture).astype(np.uint8)).transpose(2, 0, 1)        # (128, 192) each
-    want = hsv(np.uint8([[np.multiply(rgb, 255)]]))[0, 0]
-    return ((abs(h - want[0]) < 8) & (s > 140) & (v > 60)).mean()
-
-
 def test_clips_have_the_layout_of_realestate10k_and_one_unit(clips):
     """Against its definition: cameras at a root mean square distance of 1 from their mean, rigid,
     with pixels as of a 16 : 9 frame squeezed to 3 : 2."""
@@ -1145,35 +1025,11 @@ def test_clips_have_the_layout_of_realestate10k_and_one_unit(clips):
     for txt in clips.glob("*/*.txt"):
         pictures, K, w2c = read_clip(txt)
         assert pictures.shape == (61, 128, 192, 3) and pictures.std() > .1
-        eye = np.linalg.inv(w2c)[:, :3, 3]
+        eye = np.linalg.inv(w2c)[:, :3, 3]                                    # (61, 3)
         assert np.sqrt(eye.var(0).sum()) == pytest.approx(1, abs=1e-7)
         assert np.allclose(w2c[:, :3, :3] @ w2c[:, :3, :3].transpose(0, 2, 1), np.eye(3), atol=1e-7)
         assert np.linalg.det(w2c[0, :3, :3]) > 0 and .83 < K[0, 1] / 128 < .91
         assert np.allclose(K[:, 0] / 192, K[:, 1] / 128 * 9 / 16) and (K[:, 2:] == [96, 64]).all()
-        step = np.linalg.norm(np.diff(eye, axis=0), axis=1)
-        turn = np.degrees(np.arccos((w2c[1:, 2, :3] * w2c[:-1, 2, :3]).sum(1).clip(-1, 1)))
-        assert step.max() < .15 and turn.max() < 4 and turn.sum() > 70        # smooth, far around
-
-
-def test_a_known_point_of_a_room_lands_on_its_pixel(clips):
-    """Against the text file's numbers: a red box hung in a room."""
-    c, txt = room_of(clips / "test/test_00000.txt"), clips / "test/test_00000.txt"
-    _, numbers, w2c = read_clip(txt)
-    K, c2w, unit = rooms.cameras(c)
-    parts = [*rooms.shell(c, np.random.default_rng(0))]
-    xyz = np.array([2., .3, 1.2])                                             # metres
-    red = toys.cars.box(*np.stack([xyz - .03, xyz + .03], 1), [(9., 0, 0)])
-    room = rooms.painted([*parts, red], 1 / unit, 0)
-    seen = 0
-    for t in range(0, 61, 6):
-        picture = rooms.draw(room, K, c2w[t]).astype(float)                   # (128, 192, 3)
-        (uv,), (z,) = project(xyz[None] / unit, numbers[t], w2c[t])
-        v, u = np.nonzero((picture[..., 0] > 150) & (picture[..., 1:] < 60).all(2))
-        if z > 0 and (6 < uv).all() and (uv < [186, 122]).all():
-            assert abs(u.mean() + .5 - uv[0]) < .4 and abs(v.mean() + .5 - uv[1]) < .4
-            seen += 1
-        assert bool(len(u)) <= (z > 0)
-    assert seen > 4
 
 
 @pytest.mark.parametrize("a, b", [(30, 35), (30, 40), (18, 10)])
@@ -1185,35 +1041,27 @@ def test_frames_of_a_room_agree_by_warping_with_its_true_depth(clips, a, b):
         room, (_, c2w, _) = rooms.assemble(room_of(txt)), rooms.cameras(room_of(txt))
         depth = [rooms.depth(room, K[t], c2w[t]) for t in (a, b)]             # (128, 192) each
         v, u = np.mgrid[:128, :192].reshape(2, -1) + .5                       # (n,)
-        x = np.stack([(u - K[a, 2]) / K[a, 0], (v - K[a, 3]) / K[a, 1], 1 + 0 * u])
-        x = np.r_[x * depth[0].ravel(), [1 + 0 * u]]                          # (4, n) camera a
-        xyz = (np.linalg.inv(w2c[a]) @ x)[:3].T                               # (n, 3) world
+        ray = np.stack([(u - K[a, 2]) / K[a, 0], (v - K[a, 3]) / K[a, 1], 1 + 0 * u])
+        x = np.r_[ray * depth[0].ravel(), [1 + 0 * u]]                        # (4, n) camera a
+        xyz = np.linalg.inv(w2c[a]) @ x                                       # (4, n) world
 
         def lands(K, w2c):
-            uv, z = project(xyz, K, w2c)
-            return (*np.floor(uv.T).astype(int).clip(0, [[191], [127]]), uv, z)
+            x, y, z, _ = w2c @ xyz                                            # (n,) each
+            uv = np.stack([K[0] * x / z + K[2], K[1] * y / z + K[3]])         # (2, n)
+            u, v = np.floor(uv).astype(int).clip(0, [[191], [127]])
+            off = abs(pictures[b][v, u] - pictures[a].reshape(-1, 3)).mean(1)
+            inside = (abs(uv - [[96], [64]]) < [[95], [63]]).all(0)
+            return off, inside & (abs(z / depth[1][v, u] - 1) < .01)          # (n,) (n,)
 
-        j, i, uv, z = lands(K[b], w2c[b])                                # (n,) (n,) (n, 2) (n,)
-        shown = (abs(uv - [96, 64]) < [95, 63]).all(1) & (abs(z / depth[1][i, j] - 1) < .01)
-        off = abs(pictures[b][i, j] - pictures[a].reshape(-1, 3)).mean(1)[shown]
+        off, shown = lands(K[b], w2c[b])
+        off = off[shown]
         assert shown.mean() > .4 and np.median(off) < .01 and off.mean() < .02
         for wrong in (K[b], w2c[b + 2]), (K[b] * [1.1, 1, 1, 1], w2c[b]):
-            j, i, _, _ = lands(*wrong)
-            bad = abs(pictures[b][i, j] - pictures[a].reshape(-1, 3)).mean(1)[shown]
-            assert bad.mean() > 2.5 * off.mean()
+            assert lands(*wrong)[0][shown].mean() > 2.5 * off.mean()
 
 
-def test_the_source_shows_no_panel_and_the_pan_shows_both(clips):
-    """Against the colours in the pictures on disk; and, of more designs, against the same room
-    painted the other way, ray by ray."""
-    for txt in clips.glob("*/*.txt"):
-        pictures, _, w2c = read_clip(txt)
-        panels = room_of(txt).panels
-        assert all(hue_share(pictures[30], rgb) < .0005 for rgb in toys.cars.DOORS.values())
-        to_right = w2c[30, 0, :3] @ w2c[:, 2, :3].T > 0                       # (61,) turned there
-        for side, there in ("left", ~to_right), ("right", to_right):
-            rgb = toys.cars.DOORS[panels[side]]
-            assert max(hue_share(x, rgb) for x in pictures[there][::3]) > .08, side
+def test_the_source_shows_no_panel_and_the_pan_shows_both():
+    """Against the same rooms painted the other way, ray by ray."""
     for i in range(40):
         c = rooms.design(np.random.default_rng([1, 0, i]))
         (K, c2w, _), one = rooms.cameras(c), rooms.assemble(c)
@@ -1240,19 +1088,14 @@ def test_the_panels_are_drawn_independently():
 def test_the_hidden_panel_is_painted_both_ways(clips):
     """Against the frame on disk, which is one of the two up to JPEG; the other differs much."""
     texts = sorted(clips.glob("test/*.txt"))
-    start = torch.tensor([0, 61, 122])
-    views = SimpleNamespace(start=start, names=[x.stem for x in texts], meta=dict(
-        root=str(clips), split="test", hw=(64, 96), source=30))
-    resize = lambda x, hw: np.array(Image.fromarray(x).resize(hw[::-1], Image.BOX))
+    views = SimpleNamespace(start=torch.tensor([0, 61, 122]), names=[x.stem for x in texts],
+                            meta=dict(root=str(clips), split="test", hw=(64, 96), source=30))
     for o, txt in enumerate(texts):
-        v, *pair = rooms.hidden_pair(views, o, resize)
-        again = rooms.hidden_pair(views, o, resize)
-        assert v == again[0] and torch.equal(pair[0], again[1])
-        x = (255 * read_clip(txt)[0][v - 61 * o]).round().astype(np.uint8)
-        x = torch.tensor(resize(x, (64, 96)) / 255).movedim(-1, 0)
+        v, *pair = rooms.hidden_pair(views, o, data.resize)
+        x = (255 * read_clip(txt)[0][v - 61 * o]).round().astype(np.uint8)    # (128, 192, 3)
+        x = torch.tensor(data.resize(x, (64, 96)) / 255).movedim(-1, 0)       # (3, 64, 96)
         true, other = pair if room_of(txt).panels["right"] == "amber" else pair[::-1]
-        assert true.shape == (3, 64, 96) and (x - true).abs().mean() < 1 / 255
-        assert (x - true).abs().max() < .1
+        assert (x - true).abs().mean() < 1 / 255 and (x - true).abs().max() < .1
         panel = (true - other).abs().sum(0) > .5                              # (64, 96)
         assert panel.float().mean() > .08 and (x - other).abs().sum(0)[panel].mean() > .5
         r = toys.cars.door_scores(x[None].float(), *[y.float() for y in (true, *pair)])
@@ -1266,7 +1109,6 @@ def test_one_seed_gives_the_same_clips_whole_or_not_at_all(clips, tmp_path):
     (again / "train/train_00000.txt").unlink()
     (again / "test/test_00001.txt").unlink()
     shutil.rmtree(again / "test/test_00001")
-    serial = lambda f, jobs, title: map(f, jobs)
     rooms.generate(again, dict(train=1, test=2), 0, serial)
     files = lambda folder: {x.relative_to(folder): x.read_bytes()
                             for x in folder.rglob("*") if x.is_file()}
@@ -1326,15 +1168,13 @@ def test_denoise_recovers_an_oracle_exactly(steps):
     assert torch.equal(levels[0], t) and (torch.stack(levels).diff(dim=0) <= 0).all()
 
 
-def test_statistics_make_the_teachers_splats_standard():
-    """Against zero mean and unit deviation per channel."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        raw = Teacher(TINY)(torch.rand(8, 1, 3, 16, 16))
-    mean, std = splat_statistics([raw[:4], raw[4:]])[..., None]               # (24, 1) each
-    s = (raw.movedim(1, 0).flatten(1) - mean) / std                           # (24, pixels)
-    free = std.flatten() > 1.1e-3                                             # not constant
-    assert s.mean(1).abs().max() < 1e-3 and (s.std(1)[free] - 1).abs().max() < 1e-2
+def test_statistics_are_those_of_all_splats_together():
+    """Against torch's own, of two batches of unequal size; a constant channel has 0.001."""
+    s = random_splats(5)                                                      # (5, 24, 16, 16)
+    s[:, 3] = 7
+    mean, std = splat_statistics([s[:4], s[4:]])                              # (24,) each
+    torch.testing.assert_close(mean, s.mean((0, 2, 3)))
+    torch.testing.assert_close(std, s.std((0, 2, 3), correction=0).clamp(1e-3))
 
 
 @pytest.mark.parametrize("theirs, mine", [*itertools.product([TINY, TOLD], repeat=2)])
@@ -1428,24 +1268,17 @@ def test_splats_of_any_shape_lie_on_their_pixels_and_between_near_and_far(log_de
     assert torch.allclose(z[0, [0, 6, 12]], torch.tensor([0.5, 5. if log_depth else 25.25, 50.]))
 
 
-@told_or_not
-def test_networks_take_pictures_of_any_shape_and_add_a_margin(shape):
+def test_networks_take_pictures_of_any_shape_and_add_a_margin():
     """Against sizes by hand: splats of 20 x 28 pixels of pictures of 16 x 24, whose border they see
-    repeated; a warm start; square networks keep the names that released weights have."""
-    cfg = data.replace(shape, aspect=1.5, pad=2)
-    teacher, denoiser = Teacher(cfg), Denoiser(cfg)
+    repeated; square networks keep the names that released weights have."""
+    cfg = data.replace(TINY, aspect=1.5, pad=2)
+    teacher, x = Teacher(cfg), torch.rand(2, 3, 16, 24)
     assert [*teacher.unet.enc] == ["20x28_conv", "20x28_block0", "10x14_down", "10x14_block0"]
     assert teacher.unet.enc["10x14_block0"].attention
-    assert [*Teacher(shape).unet.enc][::2] == ["16x16_conv", "8x8_down"]
-    denoiser.warm_start(teacher.unet)
-    x, eps = torch.rand(2, 3, 16, 24), torch.randn(2, S, 20, 28)
-    mean = denoiser.mean(teacher(x[:, None]))
-    s = denoiser(eps, torch.tensor([3, 99]), x, mean)
-    g = denoiser.gaussians(s, mean, pinhole(16))
-    assert s.shape == eps.shape and g.xyz.shape == (2, 560, 3)
+    assert [*Teacher(TINY).unet.enc][::2] == ["16x16_conv", "8x8_down"]
     larger = Teacher(data.replace(cfg, size=20, aspect=1.4, pad=0, attn=10))
     larger.load_state_dict(teacher.state_dict())
-    wide = torch.nn.functional.pad(x, (2, 2, 2, 2), "replicate")
+    wide = F.pad(x, (2, 2, 2, 2), "replicate")                                # (2, 3, 20, 28)
     assert torch.equal(canonical(teacher(x[:, None])), canonical(larger(wide[:, None])))
 
 
@@ -1497,19 +1330,16 @@ def test_a_teacher_learns_to_be_told_and_told_nothing_stays_the_same_to_the_bit(
     x, told = nearly_right(given, x, cam, white), can_be_told(given, 4)
     assert told.cfg == TOLD and given.encoder is None
     before = deepcopy(told.state_dict())
-    learns = {name for name, p in told.named_parameters() if p.requires_grad}
-    assert learns == {name for name in before if name.startswith("encoder.")
-                      or name.startswith("unet.dec.") and name.endswith("affine.weight")}
     cfg = train.Config(size=16, code=4, told=3, views=2, device="cpu")
     step, _ = train.make_step(cfg, 0, told, None, white)
     for k in range(4):
         assert torch.equal(told(x[:, :1]), given(x[:, :1]))
-        losses, *_ = step(x, cam.w2c, cam.K, None, random_splats(seed=k), torch.tensor(1e-3))
+        step(x, cam.w2c, cam.K, None, random_splats(seed=k), torch.tensor(1e-3))
     assert torch.equal(told(x[:, :1]), given(x[:, :1]))
-    assert learns == {k for k, p in told.state_dict().items() if not torch.equal(p, before[k])}
+    assert {k for k, p in told.state_dict().items() if not torch.equal(p, before[k])} == {
+        k for k in before if k.startswith("encoder.")
+        or k.startswith("unet.dec.") and k.endswith("affine.weight")}
     assert not torch.equal(told(x, cam, white)[1], given(x[:, :1])[1])
-    assert losses["loss"] == pytest.approx(
-        float(losses["loss_told"] + losses["loss_not_told"]) / 2, rel=1e-5)
 
 
 def test_the_code_follows_what_the_further_views_show():
@@ -1625,12 +1455,7 @@ def test_half_of_a_batch_is_told_and_the_views_that_tell_are_not_judged():
 
 
 def test_only_splats_that_are_too_large_or_too_far_out_are_held_back():
-    """Against the means by hand; without such splats exactly 0, in the loss and in gradients."""
-    x = torch.tensor([0.5, 2., 3., 5.], requires_grad=True)
-    assert train.beyond(x, 2) == 4 and train.beyond(x, 5) == 0
-    d, = torch.autograd.grad(train.beyond(x, 2), x, retain_graph=True)
-    assert d.tolist() == [0, 0, 0.5, 0.5]
-    assert not torch.autograd.grad(train.beyond(x, 5), x)[0].any()
+    """Against the means by hand; without such splats the loss is exactly that of the images."""
     torch.manual_seed(0)
     x, cam, white = scene_batch()
     teacher, cfg = Teacher(TINY), train.Config(code=0, views=2)
@@ -1696,7 +1521,6 @@ def test_flags_out_of_range_get_one_line_that_names_them(flag):
 
 
 @pytest.mark.parametrize("change", [
-    lambda c: dict(c, state={f"_orig_mod.{k}": x for k, x in c["state"].items()}),
     lambda c: dict(c, config=dict(c["config"], flavour=1)),
     lambda c: dict(c, config=dict(c["config"], mult=3)),
     lambda c: dict(c, state=torch.ones(1)), lambda c: torch.ones(1), lambda c: dict(a=1)])
@@ -1806,8 +1630,9 @@ def test_the_paint_of_a_door_is_told_from_mud():
         assert (got["true"], true_if_blue) == true, q
 
 
-def test_what_a_nearer_plane_covers_is_hidden():
-    """Against geometry by hand: what a small wall hides of a large one behind it."""
+def test_what_a_nearer_plane_covers_or_the_frame_leaves_out_is_hidden():
+    """Against geometry by hand: what a small wall hides of a large one behind it; in clips also
+    what the first camera has outside of its frame."""
     W, f = 32, 32.0
     K = torch.tensor([f, f, W / 2, W / 2]).expand(1, 2, 4)
     w2c = torch.eye(4).repeat(1, 2, 1, 1)
@@ -1820,11 +1645,14 @@ def test_what_a_nearer_plane_covers_is_hidden():
     depth = torch.stack([seen(0), seen(0.5)])[:, None]                        # (2, 1, 32, 32)
     alpha = torch.ones_like(depth)
     alpha[1, 0, :4] = 0.3                                                     # shows no splats
-    hidden = sample.hidden(depth * alpha, alpha, Camera(w2c, K, (W, W)))
     # the shadow on the far wall: |x| < 0.5 at depth 2, which is |x + 0.25| < 0.25 in the other
     shadow = ((x + 0.25).abs().maximum(y.abs()) < 0.25) & (seen(0.5) > 1.5)
-    assert hidden.shape == (2, W, W) and not hidden[0].any() and shadow.sum() > 50
-    assert torch.equal(hidden[1][4:], shadow[4:]) and not hidden[1, :4].any()
+    assert shadow.sum() > 50
+    for frame in False, True:
+        hidden = sample.hidden(depth * alpha, alpha, Camera(w2c, K, (W, W)), frame)
+        want = shadow | frame & (x > 0.25)                         # half of 0.5 at depth 2
+        assert hidden.shape == (2, W, W) and not hidden[0].any()
+        assert torch.equal(hidden[1][4:], want[4:]) and not hidden[1, :4].any()
 
 
 def test_scores_of_samples_are_what_they_are_called(cars):
@@ -1978,16 +1806,6 @@ def test_targets_of_a_clip_lie_in_its_window_and_are_scored_one_by_one_without_t
         each = sample.psnr(*(y[:, :, :, 1:15, 2:22] for y in (render(predict(0), cam, grey)[0], x)))
     want = dict(zip(("source", "5", "10", "random"), each[0]), one=each[0, 1:].mean())
     assert all(r[k] == pytest.approx(v.item(), rel=1e-5) for k, v in want.items())
-
-
-def test_what_the_frame_leaves_out_is_hidden_in_clips():
-    """Against a plane at depth 2 seen by a camera to the right: its right half is new."""
-    w2c, K = torch.eye(4).repeat(1, 2, 1, 1), torch.tensor([16., 20., 12., 8.]).expand(1, 2, 4)
-    w2c[0, 1, 0, 3] = -1.5                                                    # 12 pixels
-    depth, cam = torch.full((2, 1, 16, 24), 2.), Camera(w2c, K, (16, 24))
-    assert not sample.hidden(depth, torch.ones_like(depth), cam).any()
-    new = sample.hidden(depth, torch.ones_like(depth), cam, True)
-    assert not new[0].any() and not new[1, :, :12].any() and new[1, :, 12:].all()
 
 
 def test_clips_train_in_three_stages_go_on_bitwise_are_scored_and_sampled(monkeypatch, tmp_path,
