@@ -55,8 +55,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available()
 
 
 class Painter(NamedTuple):
-    """A backend, its precision, and the error that rounding may cause in images and in gradients,
-    relative to the largest number."""
+    """A backend, its precision, and what rounding may change, relative to the largest number."""
     backend: str
     dtype: torch.dtype
     image: float
@@ -70,8 +69,7 @@ class Painter(NamedTuple):
         return [x.to(self.device, self.dtype) for x in scene]
 
     def __call__(self, g, cam, background, d_out=None):
-        """-> (rgb, alpha, depth), gradients of g under d_out or fixed random cotangents: all in
-        float64 on the CPU."""
+        """-> (rgb, alpha, depth), gradients of g under d_out or random cotangents, in float64."""
         g, cam, background = self.takes(g, cam, background)
         leaves = [x.detach().clone().requires_grad_() for x in g]
         out = render(Gaussians(*leaves), cam, background, self.backend)
@@ -403,8 +401,7 @@ def test_a_poisoned_gaussian_leaves_no_trace(painter, field, value):
 
 @needs_kernel
 def test_builds_survive_a_killed_one_and_each_other(tmp_path):
-    """Against two builds at once, of the smallest module there is, where a killed one left torch's
-    lock and half a file."""
+    """Against two builds at once where a killed one left torch's lock and half a file."""
     (tmp_path / "splat.h").touch()
     (tmp_path / "rasterize.cpp").write_text(
         "#include <Python.h>\n#define NAME_(x) PyInit_##x\n#define NAME(x) NAME_(x)\n"
@@ -446,14 +443,11 @@ def test_what_is_missing_to_compile_is_named(device, flags, sentence, monkeypatc
 @pytest.mark.parametrize("field, shape", [("scale", (1, 3, 3)), ("opacity", (1, 4, 1)),
                                           ("sh", (1, 4, 2, 3)), ("K", (1, 2, 4))])
 def test_shapes_that_do_not_fit_are_refused(field, shape):
-    """Against an error, before any kernel reads beyond a tensor's end; so is a backend."""
-    g, cam = benchmark_scene(1, 1, 4, 8)
-    with pytest.raises(ValueError, match="'fast': Gaussians on cpu need auto, cpu or"):
-        render(g, cam, (1., 1., 1.), backend="fast")
-    g, cam = [x._replace(**{field: torch.ones(shape)}) if field in x._fields else x
-              for x in (g, cam)]
+    """Against an error, before any kernel reads beyond a tensor's end."""
+    scene = [x._replace(**{field: torch.ones(shape)}) if field in x._fields else x
+             for x in benchmark_scene(1, 1, 4, 8)]
     with pytest.raises(ValueError, match="do not fit together"):
-        render(g, cam, (1., 1., 1.))
+        render(*scene, (1., 1., 1.))
 
 
 @needs_cuda
@@ -526,8 +520,7 @@ def test_cars_are_written_and_read_back(cars):
 
 
 def test_a_batch_is_distinct_views_of_one_object_seen_from_the_first(cars):
-    """Against the packed order, a repeat, and w2c = inv(c2w) @ c2w_source, for the source exactly
-    I."""
+    """Against the packed order, a repeat, and w2c = inv(c2w) @ c2w_source."""
     views = data.load(cars, "cars", "train", 32)
     draw = lambda: data.draw(views, 64, 50, torch.Generator().manual_seed(3))
     objects, index = draw()
@@ -556,6 +549,7 @@ SIDES = np.array([[.6, 0, .8], [-.6, .64, .48], [0, -.8, .6], [.48, .6, .64], [-
 LENS, POINT = (131.25, 131.25, 64, 64), np.array([.2, -.1, .15])
 LOOKS = np.stack([toys.cars.look_at_origin(side) for side in SIDES])                # (5, 4, 4)
 ROUND = np.stack([toys.cars.look_at_origin(side, 1.3 + .2 * i) for i, side in enumerate(SIDES)])
+MOVED = ROUND * np.float64([[1, 1, 1, 40]] * 3 + [[1] * 4]) + np.eye(4)[3] * [[5], [-3], [7], [0]]
 BOX = [picture_of_a_box(POINT, m, LENS, 128) for m in ROUND]
 WIDE, GREY = (32, 32, 16, 16), [np.full((32, 32, 4), 100, np.uint8)] * 5
 
@@ -634,16 +628,13 @@ def assert_the_point_is_on_its_pixel(views, which, point, atol):
     (write_co3d, "hydrants", "co3d_hydrant_for_gs/train/a"),
     (write_co3d, "teddybears", "co3d_teddybear_for_gs/train/a")])
 def test_a_known_point_lands_on_its_pixel_in_every_layout(write, dataset, folder, tmp_path):
-    """Against the pinhole formula, at half of the size; your own pictures are scaled to what they
-    show, whatever the units."""
-    c2w, own = ROUND.copy(), dataset == "own"
-    if own:
-        c2w[:, :3, 3] = 40 * c2w[:, :3, 3] + [5, -3, 7]
-    write(tmp_path / folder, c2w, LENS, BOX)
+    """Against the pinhole formula, at half of the size; your own pictures in whatever units."""
+    own = dataset == "own"
+    write(tmp_path / folder, MOVED if own else ROUND, LENS, BOX)
     views = data.load(tmp_path, str(tmp_path / "own") if own else dataset, "train", 64, quiet=True)
-    where = views.c2w.double()
-    scale = where[0, :3, 3].norm() / 1.3                            # of one's own: as it may be
-    np.testing.assert_allclose(where[:, :3, 3], ROUND[:, :3, 3] * scale.item(), atol=1e-5)
+    eye = views.c2w[:, :3, 3].double()                              # (5, 3)
+    scale = eye[0].norm() / 1.3                                     # of one's own: as it may be
+    np.testing.assert_allclose(eye, ROUND[:, :3, 3] * scale.item(), atol=1e-5)
     if own:
         shown = (views.K[:, 4] * 64 / views.K[:, 0]).mean()         # across, at the object
         np.testing.assert_allclose(shown, data.EXTENT, rtol=1e-5)
@@ -651,9 +642,8 @@ def test_a_known_point_lands_on_its_pixel_in_every_layout(write, dataset, folder
     if views.K.shape[1] == 5:               # the depth of the middle, and of a splat without depth
         depth = np.array([1.3, 1.5, 1.7, 1.9, 2.1]) * scale.item()
         np.testing.assert_allclose(views.K[:, 4], depth, rtol=1e-5)
-        raw = torch.zeros(5, 24, 64, 64)
         cfg = ModelConfig(near=views.meta["near"], far=views.meta["far"])
-        g = splats_to_gaussians(raw, views.K, cfg)
+        g = splats_to_gaussians(torch.zeros(5, 24, 64, 64), views.K, cfg)
         np.testing.assert_allclose(g.xyz[:, 0, 2], depth, rtol=1e-5)
 
 
@@ -666,10 +656,8 @@ def test_a_known_point_lands_on_its_pixel_in_the_stretched_frames_of_clips(tmp_p
     opaque = [data.on_background(Image.fromarray(x), (.5, .5, .5)) for x in crop]
     stretch = lambda x: np.asarray(Image.fromarray(x).resize((192, 96), Image.LANCZOS))
     lens = 131.25 * 192 / 128, 131.25 * 96 / 112, 64 * 192 / 128, 60 * 96 / 112
-    moved = ROUND.copy()
-    moved[:, :3, 3] = 40 * ROUND[:, :3, 3] + [5, -3, 7]
     write_clip(folder / "a", ROUND, lens, [*map(stretch, crop)])
-    write_clip(folder / "b", moved[:3], lens, [*map(stretch, opaque)], "jpg")
+    write_clip(folder / "b", MOVED[:3], lens, [*map(stretch, opaque)], "jpg")
     write_clip(folder / "gone", ROUND, lens, [stretch(crop[0])])
     (folder / "gone/0.png").unlink()
     folder.with_suffix(".txt").write_text("b 1 0 2 2\nb 0 1 2 2\n")
@@ -681,7 +669,7 @@ def test_a_known_point_lands_on_its_pixel_in_the_stretched_frames_of_clips(tmp_p
     assert data.gather(views, torch.tensor([[5, 6]]))[1].hw == views.meta["hw"] == (48, 72)
     want = torch.tensor(lens) * torch.tensor([72 / 192, 48 / 96] * 2)
     torch.testing.assert_close(views.K, want.expand(8, 4))
-    for first, last, unit in (0, 5, ROUND), (5, 8, moved[:3]):
+    for first, last, unit in (0, 5, ROUND), (5, 8, MOVED[:3]):
         eye = views.c2w[first:last, :3, 3].double()                 # (V, 3)
         spread = np.sqrt(((unit[:, :3, 3] - unit[:, :3, 3].mean(0)) ** 2).sum(1).mean())
         np.testing.assert_allclose(eye, unit[:, :3, 3] / spread, rtol=1e-5, atol=1e-5)
@@ -726,8 +714,7 @@ def test_pictures_of_ones_own_are_split_by_object_or_by_file(tmp_path):
 
 
 def test_what_else_lies_in_folders_is_left_out(tmp_path):
-    """Against what Splatter Image leaves of CO3D, macOS's ._ files and a link that leads nowhere,
-    in a folder named like a pattern."""
+    """Against what Splatter Image leaves of CO3D, macOS's ._ files, a link that leads nowhere."""
     split, own = tmp_path / "co3d_hydrant_for_gs/train", tmp_path / "**a [b]"
     write_co3d(split / "good", LOOKS, WIDE, GREY)
     write_co3d(split / "bad", LOOKS * np.nan, WIDE, GREY)
@@ -798,8 +785,7 @@ def test_the_packed_file_is_rebuilt_when_a_file_changes_and_never_used_half_writ
 
 
 def test_alpha_is_straight_but_in_srn_only_a_mask(tmp_path):
-    """Against hand-made pixels on white and on black, of 16 bits, and of the one value that a PNG
-    calls transparent; more with masks, below."""
+    """Against pixels by hand: translucent, of 16 bits, of the value that a PNG has transparent."""
     def read(pixel, kind=np.uint8, background=(1, 1, 1), **more):
         picture = Image.fromarray(np.full((2, 3, *np.shape(pixel)), pixel, kind))
         picture.save(tmp_path / "x.png", **more)
@@ -919,8 +905,7 @@ def test_masks_and_transparency_become_background(tmp_path):
 
 
 def test_what_cannot_be_used_is_explained_in_one_line(cars, tmp_path):
-    """Against: an unknown name, no folder, no objects, another seed, pictures from one side only,
-    and a camera that looks away."""
+    """Against names and folders without objects, another seed, cameras that have no middle."""
     assert "cars, chairs" in refused(data.prepare, "horses", tmp_path)
     assert "chairs_{train,test}" in refused(data.prepare, "chairs", tmp_path)
     assert "seed 0" in refused(data.prepare, "cars", cars, seed=1)
@@ -936,8 +921,7 @@ def test_what_cannot_be_used_is_explained_in_one_line(cars, tmp_path):
 
 
 def test_a_full_disk_and_a_killed_packer_leave_nothing_that_two_runs_at_once_use(cars, tmp_path):
-    """Against the real things: a limit on the size of files, and SIGKILL in mid-file; then against
-    one run alone."""
+    """Against the real things, a limit on the size of files and SIGKILL; then one run alone."""
     root, new = copy_of(cars, tmp_path), tmp_path / "new"
     command = lambda place: [sys.executable, str(HERE / "data.py"), "cars", f"--root={place}",
                              "--size=128", "--n_train=2", "--n_test=1"]       # as a user calls it
@@ -948,12 +932,11 @@ def test_a_full_disk_and_a_killed_packer_leave_nothing_that_two_runs_at_once_use
         last = full.stderr.strip().splitlines()[-1]
         assert last.startswith(f"error: {said}") and str(place) in last
         assert not list(place.glob(".cache/*"))
-    killed, part = run(root), lambda: sum(f.stat().st_size for f in root.glob(".cache/*/*"))
-    while not part() and killed.poll() is None:
+    killed = run(root)
+    while not any(f.stat().st_size for f in root.glob(".cache/*/*")) and killed.poll() is None:
         time.sleep(.01)
     killed.kill()
-    killed.wait()
-    assert not list(root.glob(".cache/*.u8")) and part()
+    assert killed.wait() and not list(root.glob(".cache/*.u8"))
     assert not any([both.wait() for both in [run(root), run(root), run(new), run(new)]])
     one = data.load(cars, "cars", "train", 128, quiet=True)
     for place in root, new:
@@ -1008,30 +991,21 @@ def test_clips_have_the_layout_of_realestate10k_and_one_unit(clips):
 
 @pytest.mark.parametrize("a, b", [(30, 35), (30, 40), (18, 10)])
 def test_frames_of_a_room_agree_by_warping_with_its_true_depth(clips, a, b):
-    """Against the other frame's picture, where its true depth says that it sees the same point. The
-    pose of two frames later, or a focal length 10 % longer, is seen."""
+    """Against the other frame's picture, where its true depth says that it sees the same point."""
     for txt in clips.glob("*/*.txt"):
         pictures, K, w2c = read_clip(txt)
         room, (_, c2w, _) = rooms.assemble(room_of(txt)), rooms.cameras(room_of(txt))
         depth = [rooms.depth(room, K[t], c2w[t]) for t in (a, b)]             # (128, 192) each
         v, u = np.mgrid[:128, :192].reshape(2, -1) + .5                       # (n,)
         ray = np.stack([(u - K[a, 2]) / K[a, 0], (v - K[a, 3]) / K[a, 1], 1 + 0 * u])
-        x = np.r_[ray * depth[0].ravel(), [1 + 0 * u]]                        # (4, n) camera a
-        xyz = np.linalg.inv(w2c[a]) @ x                                       # (4, n) world
-
-        def lands(K, w2c):
-            x, y, z, _ = w2c @ xyz                                            # (n,) each
-            uv = np.stack([K[0] * x / z + K[2], K[1] * y / z + K[3]])         # (2, n)
-            u, v = np.floor(uv).astype(int).clip(0, [[191], [127]])
-            off = abs(pictures[b][v, u] - pictures[a].reshape(-1, 3)).mean(1)
-            inside = (abs(uv - [[96], [64]]) < [[95], [63]]).all(0)
-            return off, inside & (abs(z / depth[1][v, u] - 1) < .01)          # (n,) (n,)
-
-        off, shown = lands(K[b], w2c[b])
-        off = off[shown]
+        xyz = np.r_[ray * depth[0].ravel(), [1 + 0 * u]]                      # (4, n) camera a
+        x, y, z, _ = w2c[b] @ np.linalg.inv(w2c[a]) @ xyz                     # (n,) each, camera b
+        uv = np.stack([K[b, 0] * x / z + K[b, 2], K[b, 1] * y / z + K[b, 3]])     # (2, n)
+        u, v = np.floor(uv).astype(int).clip(0, [[191], [127]])
+        inside = (abs(uv - [[96], [64]]) < [[95], [63]]).all(0)
+        shown = inside & (abs(z / depth[1][v, u] - 1) < .01)                  # (n,)
+        off = abs(pictures[b][v, u] - pictures[a].reshape(-1, 3)).mean(1)[shown]
         assert shown.mean() > .4 and np.median(off) < .01 and off.mean() < .02
-        for wrong in (K[b], w2c[b + 2]), (K[b] * [1.1, 1, 1, 1], w2c[b]):
-            assert lands(*wrong)[0][shown].mean() > 2.5 * off.mean()
 
 
 def test_the_source_shows_no_panel_and_the_pan_shows_both():
@@ -1072,8 +1046,6 @@ def test_the_hidden_panel_is_painted_both_ways(clips):
         assert (x - true).abs().mean() < 1 / 255 and (x - true).abs().max() < .1
         panel = (true - other).abs().sum(0) > .5                              # (64, 96)
         assert panel.float().mean() > .08 and (x - other).abs().sum(0)[panel].mean() > .5
-        r = toys.cars.door_scores(x[None].float(), *[y.float() for y in (true, *pair)])
-        assert r["true"] == 1
 
 
 # ---- model.py ------------------------------------------------------------------------------------
@@ -1229,17 +1201,14 @@ def test_splats_of_any_shape_lie_on_their_pixels_and_between_near_and_far(log_de
 
 
 def test_networks_take_pictures_of_any_shape_and_add_a_margin():
-    """Against sizes by hand: splats of 20 x 28 pixels of pictures of 16 x 24, whose border they see
-    repeated; square networks keep the names that released weights have."""
+    """Against splats of 20 x 28 pixels for pictures of 16 x 24, whose border is seen repeated."""
     cfg = data.replace(TINY, aspect=1.5, pad=2)
     teacher, x = Teacher(cfg), torch.rand(2, 3, 16, 24)
-    assert [*teacher.unet.enc] == ["20x28_conv", "20x28_block0", "10x14_down", "10x14_block0"]
-    assert teacher.unet.enc["10x14_block0"].attention
-    assert [*Teacher(TINY).unet.enc][::2] == ["16x16_conv", "8x8_down"]
     larger = Teacher(data.replace(cfg, size=20, aspect=1.4, pad=0, attn=10))
-    larger.load_state_dict(teacher.state_dict())
+    larger.load_state_dict(teacher.state_dict())                              # the same names, too
     wide = F.pad(x, (2, 2, 2, 2), "replicate")                                # (2, 3, 20, 28)
     assert torch.equal(canonical(teacher(x[:, None])), canonical(larger(wide[:, None])))
+    assert teacher.unet.enc["10x14_block0"].attention
 
 
 def test_the_network_is_splatter_images():
@@ -1342,8 +1311,7 @@ def test_the_cycle_looks_at_splats_of_the_target_frame_and_passes_gradients_to_t
 @told_or_not
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_stage_returns_finite_losses_and_trains_only_the_student(stage, shape):
-    """Against NaN, gradients of 0, the sum of the terms by weight; views that are only told are not
-    judged."""
+    """Against gradients of 0, the sum of the terms; views that are only told are not judged."""
     teacher, denoiser, x, cam, white = told_scene(shape)
     cfg = train.Config(size=16, steps=3, code=shape.code, told=3, views=2)
     lose = lambda: (train.stage_1, train.stage_2)[stage - 1](
@@ -1363,8 +1331,7 @@ def test_a_stage_returns_finite_losses_and_trains_only_the_student(stage, shape)
 
 @told_or_not
 def test_noised_splats_are_what_the_told_teacher_adds(shape):
-    """Against the teacher told and told nothing, by hand; with code 0 all splats, standardised. The
-    way back gives the told teacher's Gaussians."""
+    """Against the teacher told and told nothing, by hand, and the told teacher's Gaussians."""
     teacher, denoiser, x, cam, white = told_scene(shape)
     alone = teacher(x[:, :1])
     told = teacher(x, cam, white) if shape.code else alone                    # (2, 24, 16, 16)
@@ -1441,17 +1408,13 @@ def test_the_weights_of_noise_levels_average_to_one():
     assert (lambda_t(t, "noise").diff() >= 0).all() and (lambda_t(t, "min_snr").diff() <= 0).all()
 
 
-def test_flags_have_the_types_of_config(capsys):
+def test_flags_have_the_types_of_config():
     """Against Config: --clip=1 is a float, --mult a tuple, a bare switch is true."""
     cfg = train.parse(["--clip=1", "--mult", "(1,2)", "--eval_only", "--out=o", "--device=cpu"])
     assert (cfg.mult, cfg.eval_only, cfg.out) == ((1, 2), True, "o") and type(cfg.clip) is float
     paper = train.parse(["--paper", "--dataset", "chairs", "--size=64", "--device=cpu"])
     assert (paper.code, paper.size, paper.batch) == (0, 64, (8, 100, 10))
     assert paper.iters == (1_000_001, 100_000, 20_000) and paper.out == "out/chairs"
-    with pytest.raises(SystemExit):
-        train.parse(["--help"])
-    said = capsys.readouterr().out
-    assert all(f"    {f.name}: " in said for f in train.fields(train.Config))
 
 
 @pytest.mark.parametrize("flag", [
@@ -1750,7 +1713,8 @@ def test_clips_train_in_three_stages_are_scored_and_sampled(monkeypatch, tmp_pat
     assert Image.open(tmp_path / "a/preview.png").size == (8 * 24 * (2 + 1 + 2), 8 * 16 * 2)
     monkeypatch.setattr(sys, "argv", ["controls.py", f"{tmp_path}/a"])
     controls.main()
-    assert "codes of others" in (said := capsys.readouterr().out) and "random" in said
+    said = capsys.readouterr().out
+    assert all(row in said for row in ("optimised on 1", "told 1 view", "codes of others"))
 
     image, out = pictures(tmp_path)[2], tmp_path / "sampled"                  # 60 x 40
     Image.open(image).crop((0, 0, 60, 20)).save(tmp_path / "wide.png")
@@ -1830,8 +1794,6 @@ def test_training_leaves_a_table_a_preview_and_the_word_procedural(trained):
     assert ["loss_told" in r for r in log] == [True] * 4 + [False] * 8
     assert np.asarray(Image.open(out / "preview.png")).std() > 10
     assert load_network(out / "stage_2.pt", Denoiser)[1]["data"]["procedural"]
-    said = script("toys/controls", out)
-    assert "teacher, optimised on 1" in said and "teacher, told 1 view" in said
 
 
 def test_interrupted_training_goes_on_bitwise(trained, cars, tmp_path):
@@ -1847,17 +1809,6 @@ def test_interrupted_training_goes_on_bitwise(trained, cars, tmp_path):
     assert logs[0] == logs[1]
     one, other = table(out), table(tmp_path)
     assert all(one[k]["one"] == other[k]["one"] for k in one)
-
-
-def test_a_teacher_is_trained_on(trained, cars, tmp_path):
-    """Against the teacher it begins with: the same after a rate of 0, and another otherwise."""
-    given = trained[0] / "teacher.pt"
-    for lr, same in (0.0, True), (1e-3, False):
-        out = tmp_path / str(lr)
-        run_training(cars, out, f"--init={given}", "--iters=(1,0,0)", f"--lr=({lr},0,0)")
-        assert same_weights(given, out / "teacher.pt") == same
-    for flag, said in ("--size=32", "size=16"), ("--code=4", "code=8"):
-        assert said in run_training(cars, tmp_path, f"--init={given}", flag, ok=False)
 
 
 def test_released_weights_are_the_papers_teacher_or_are_taught_to_be_told(cars, tmp_path):
@@ -1901,18 +1852,24 @@ def test_released_weights_are_the_papers_teacher_or_are_taught_to_be_told(cars, 
 
 
 def test_a_folder_of_ones_own_is_trained_on_with_a_teacher_of_ours(trained, tmp_path):
-    """Against: NeRF's transforms.json in, a table out; the given teacher is in it, bit by bit."""
+    """Against: NeRF's transforms.json in, a table out; a teacher trained on is the same after a
+    rate of 0, and another otherwise; one of another size or code is refused."""
     pictures = [picture_of_a_box(np.array([.2, 0, 0]), m, WIDE, 32) for m in LOOKS]
     for i in range(3):
         write_nerf(tmp_path / f"mugs/{i}", LOOKS, WIDE, pictures)
     out, given = tmp_path / "out", trained[0] / "teacher.pt"
-    said = run_training(tmp_path / "data", out, f"--dataset={tmp_path}/mugs", f"--teacher={given}")
+    run = lambda *more, **ok: run_training(tmp_path / "data", out, f"--dataset={tmp_path}/mugs",
+                                           f"--init={given}", *more, **ok)
+    said = run("--iters=(1,2,1)", "--lr=(0,1e-3,1e-3)")
     assert "mugs (real)" in said and "1 test objects, view 0 in" in said and "stage 2 " in said
     assert "data: mugs in" in said and (tmp_path / "data/.cache").is_dir()
     assert same_weights(given, out / "teacher.pt")
     assert json.loads((out / "scores/test_stage_2.jsonl").read_text())["object"] == "2"
     assert "teacher, told 8 views" in table(out) and "decided" not in said
-    assert not any({"both", "decided", "amber"} & set(r) for r in table(out).values())
+    run("--iters=(1,0,0)", f"--out={tmp_path}/other")
+    assert not same_weights(given, tmp_path / "other/teacher.pt")
+    for flag, said in ("--size=32", "size=16"), ("--code=4", "code=8"):
+        assert said in run(flag, f"--out={tmp_path}/none", ok=False)
 
 
 def test_two_processes_train_like_one_and_one_goes_on(trained, cars, tmp_path):
@@ -2049,8 +2006,7 @@ def test_the_sides_that_differ_and_the_elevation_are_told(tmp_path):
 
 def test_sampling_writes_pictures_and_splats_and_repeats_itself(trained, cars, tmp_path, capsys,
                                                                 monkeypatch):
-    """Against constant images; the same seed with the steps of training; another seed, other steps,
-    with which training does not go on."""
+    """Against the same seed, another one, and other steps, with which training does not go on."""
     out, image = trained[0], pictures(tmp_path)[0]
     flags = dict(a=["--steps=0"], b=["--steps=3"], c=["--seed=1"], d=["--steps=1"])
     for name, more in flags.items():
@@ -2061,25 +2017,16 @@ def test_sampling_writes_pictures_and_splats_and_repeats_itself(trained, cars, t
     assert a == b and all(a["sample_0.ply"] != x["sample_0.ply"] for x in (c, d))
     assert np.asarray(Image.open(tmp_path / "a" / "sample.png")).std() > 1
     assert Image.open(tmp_path / "a" / "film.webp").n_frames == 8             # noise, then a turn
-    assert "steps=3" in script("train", *SMALL, f"--root={cars}", f"--out={out}", "--steps=1",
-                                     ok=False)
+    assert "steps=3" in run_training(cars, out, "--steps=1", ok=False)
 
 
 def test_guidance_is_the_error_against_the_views_after_the_first():
-    """Against 0 for the splats' own pictures, the mean square by hand, a gradient."""
-    s, K = random_splats(), pinhole(16)                                       # (2, 24, 16, 16)
-    gaussians = lambda s: splats_to_gaussians(s, K[:len(s)], TINY)
-    w2c = torch.cat([sample.orbit(angle, LOOK) for angle in (0., 0.4, 3.0)], 1)
-    w2c = w2c @ invert_pose(w2c[:, :1])                                       # (1, 3, 4, 4)
-    cam = Camera(w2c, K[:1, None].expand(1, 3, 4), (16, 16))
-    background = torch.ones(3)
-    x, _, _ = render(gaussians(s[:1]), cam, background)                       # (1, 3, 3, 16, 16)
-    s.requires_grad_()
-    error = sample.guidance(gaussians, x, cam, background)(s)                 # (2,)
-    assert error[0] == 0 and error[1] > 1e-4
-    assert torch.autograd.grad(error[1], s)[0][1].abs().max() > 0
-    grey = sample.guidance(gaussians, torch.full_like(x, 0.5), cam, background)(s[:1])
-    assert torch.allclose(grey, (x[:, 1:] - 0.5).square().mean(), rtol=1e-5)
+    """Against the mean square by hand, of splats and pictures of nothing in particular."""
+    (x, cam, white), s = scene_batch(1), random_splats()                      # s (2, 24, 16, 16)
+    gaussians = lambda s: splats_to_gaussians(s, cam.K[:, 0].expand(len(s), 4), TINY)
+    x_hat = [render(gaussians(one), cam, white)[0] for one in s.split(1)]     # (1, 3, 3, 16, 16)
+    want = torch.stack([(y - x)[:, 1:].square().mean() for y in x_hat])       # (2,)
+    torch.testing.assert_close(sample.guidance(gaussians, x, cam, white)(s), want)
 
 
 def test_an_object_and_its_pictures_with_poses_give_the_same_files(tiny, cars, tmp_path,
@@ -2191,26 +2138,17 @@ def test_the_elevation_is_told_by_what_is_level(elevation):
 
 
 def test_the_viewer_gets_every_state_from_noise_to_the_result(tiny, tmp_path, monkeypatch):
-    """Against a model of its flags: first the teacher plus pure noise, last the result's .ply."""
+    """Against a model of its flags: from what is as rough as noise to the result's .ply."""
     got = []
     monkeypatch.setattr(sample, "viewer_html", lambda *args: got.append(args) or "<html>")
-    image = pictures(tmp_path)[0]
-    assert not make(monkeypatch, tiny, image, "--out", tmp_path / "out")
+    assert not make(monkeypatch, tiny, pictures(tmp_path)[0], "--out", tmp_path / "out")
     (title, picture, objects, look), = got
     assert title == "rgba.png" and picture[:4] == b"\x89PNG" and set(look) == set(LOOK)
     assert {k: len(v) for k, v in objects.items()} == {"sample 0": 4, "sample 1": 4, "teacher": 1}
     written = read_ply(tmp_path / "out" / "sample_1.ply")
     assert np.array_equal(written["y"], objects["sample 1"][-1].xyz[0, :, 1])
-    denoiser, meta = load_network(tiny, Denoiser)
-    teacher, _ = load_network(tiny.with_name("teacher.pt"), Teacher)
-    x = sample.prepare(image, 16, meta["background"])                         # (16, 16, 3)
-    x = torch.from_numpy(x).movedim(-1, 0)[None, None] / 255                  # (1, 1, 3, 16, 16)
-    eps = torch.randn(2, S, 16, 16, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        mean = denoiser.mean(teacher(x))                                      # (1, 24, 16, 16)
-    noise = denoiser.gaussians(eps, mean, torch.tensor([meta["K"]] * 2))      # the source's frame
-    noise = sample.upright(noise, look, 16)
-    assert_same(objects["sample 1"][0], sample.one(noise, 1), 1e-5)
+    first, *_, last = [g.sh for g in objects["sample 1"]]                     # (1, 256, 4, 3) each
+    assert first.std() > 1.5 * last.std()
 
 
 def test_several_pictures_have_a_folder_each(tiny, tmp_path, monkeypatch, capsys):
@@ -2398,8 +2336,7 @@ def psnr_of_page(page, g, azimuth, elevation=10, zoom=1, **more):
 
 
 def test_the_viewer_draws_what_render_draws(viewer):
-    """Against render by the camera of the turntable, from three sides and distances, and of the
-    state that the address names, to 8 bits of its ranges."""
+    """Against render by the camera of the turntable, also of the state that the address names."""
     page, objects = viewer
     for view in (0, 20, 1), (75, -15, 1.5), (200, 89, 0.7):
         assert psnr_of_page(page, objects["teacher"][0], *view, object="teacher") > 40, view
