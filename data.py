@@ -23,7 +23,6 @@ import signal
 import tempfile
 import zlib
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -64,6 +63,8 @@ DATASETS = {
                    start=dict(opacity=(.001, -2), scale=(.001, SMALL), offset=(1e-6, 0))),
     "hydrants": CO3D, "teddybears": CO3D, "re10k": SCENE, "rooms": SCENE,
 }
+PLACES = dict(cars="srn_cars/cars_", chairs="srn_chairs/chairs_", hydrants="co3d_hydrant_for_gs/",
+              teddybears="co3d_teddybear_for_gs/", re10k="re10k/", rooms="rooms/")
 TOYS = dict(cars=cars, rooms=rooms)                                  # procedural datasets
 OWN = dict(CO3D, near=-0.5, far=0.5, background=ON_WHITE)            # a folder of your own
 EXTENT = 1.27          # world units across a picture at the object's distance, as in SRN's cars
@@ -115,12 +116,11 @@ def draw(views, batch, n_views, generator):
 def gather(views, index):
     """(B, V) -> images (B, V, 3, H, W) in [0, 1] and cameras relative to each first view."""
     x = views.images[index].float() / 255                                    # (B, V, 3, H, W)
-    c2w = views.c2w[index]                                                   # (B, V, 4, 4)
-    move = torch.cat([c2w[:, :1, :3, :3].expand_as(c2w[..., :3, :3]),        # [R_src | t_src - t]
-                      c2w[:, :1, :3, 3:] - c2w[..., :3, 3:]], -1)            # (B, V, 3, 4)
-    w2c = torch.eye(4, device=c2w.device).repeat(*index.shape, 1, 1)         # (B, V, 4, 4)
+    R, t = views.c2w[index, :3].split([3, 1], -1)                            # (B, V, 3, 3 and 1)
+    w2c = torch.eye(4, device=R.device).repeat(*index.shape, 1, 1)           # (B, V, 4, 4)
     # inv(c2w) @ c2w_src = R^T [R_src | t_src - t]; summed by hand, as TF32 would round it
-    w2c[:, 1:, :3] = (c2w[..., :3, :3].mT[..., None] * move[..., None, :, :]).sum(-2)[:, 1:]
+    move = torch.cat([R[:, :1].expand_as(R), t[:, :1] - t], -1)              # (B, V, 3, 4)
+    w2c[:, 1:, :3] = (R.mT[..., None] * move[..., None, :, :]).sum(-2)[:, 1:]
     return x, Camera(w2c, views.K[index], tuple(x.shape[-2:]))
 
 
@@ -158,9 +158,6 @@ def load(root, dataset, split, size, limit=None, quiet=False):
     stem = Path(root, ".cache", f"{Path(dataset).name}_{split}_{size}_{stamp}")
     if not read_pack(stem, hw):
         pack(stem, [(item, split, size, about) for item in objects], f"packing {folder}", quiet)
-        gone = [x for x in folder.glob("[!.]*.txt") if not layout(x.with_suffix(""), split)]
-        if gone and "window" in about and not quiet:
-            print(f"data: {folder}: clips without frames, left out: {len(gone)}", flush=True)
     *arrays, names, checks = read_pack(stem, hw)
     return Views(*map(torch.from_numpy, arrays), names.tolist(), dict(
         dataset=dataset, split=split, size=size, hw=hw, **about, root=str(folder.parent),
@@ -358,9 +355,9 @@ def layout(folder, split):
         return partial(read_clip, clip_file(folder))
 
 
-def numbers(path, what="numbers"):
+def numbers(path):
     """All the numbers of a text file."""
-    with reading(path, what):
+    with reading(path, "numbers"):
         return np.array(path.read_text().split(), np.float64)
 
 
@@ -373,9 +370,9 @@ def pinhole(K, path):
     return K
 
 
-def rigid(m, path, what="a pose"):
+def rigid(m, path):
     """m (16,) or (4, 4), if it is a rigid motion -> (4, 4)."""
-    with reading(path, f"{what}: a rigid 4 x 4 camera-to-world of 16 numbers, last row 0 0 0 1"):
+    with reading(path, "a pose: a rigid 4 x 4 camera-to-world of 16 numbers, last row 0 0 0 1"):
         m = np.array(m, np.float64).reshape(4, 4)
         R = m[:3, :3]
         turns = abs(R @ R.T - np.eye(3)).max() < 1e-3 and np.linalg.det(R) > 0
@@ -388,8 +385,6 @@ def read_rgba(path):
     """Any picture (grey, 16-bit, palette, transparent) -> RGBA image, upright as its EXIF says."""
     # by its open file: Pillow maps a named TIFF into memory, and then turns it wrongly
     with reading(path, "a readable image"), open(path, "rb") as file, Image.open(file) as image:
-        raw = image.tile[0][3] if image.format == "PNG" else None
-        scale = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 257}.get(raw)
         image = ImageOps.exif_transpose(image)
         key = image.info.get("transparency")                                 # in the file's units
         if image.mode[0] in "IF":                              # more than 8 bits: Pillow would clip
@@ -399,9 +394,6 @@ def read_rgba(path):
                 raise ValueError(f"its numbers go from {grey.min()} to {grey.max()}, not to {high}")
             both = np.stack([255 / high * grey + .5, 255 * (grey != key)], 2)     # (h, w, 2)
             image = Image.fromarray(both.astype(np.uint8))
-        elif scale and key is not None:
-            key = tuple(round(k * scale) for k in np.atleast_1d(key))
-            image.info["transparency"] = key if len(key) > 1 else key[0]
         return image.convert("RGBA")
 
 
@@ -427,11 +419,7 @@ def find(root, dataset):
     def splits(place):
         return {split: Path(place + split) for split in SPLITS if Path(place + split).is_dir()}
     if dataset in DATASETS:
-        real = f"{root}/srn_{dataset}/{dataset}_"
-        if DATASETS[dataset] is CO3D:
-            real = f"{root}/co3d_{dataset[:-1]}_for_gs/"
-        if "window" in DATASETS[dataset]:
-            real = f"{root}/{dataset}/"
+        real = f"{root}/{PLACES[dataset]}"
         found = splits(real) or splits(f"{root}/{dataset}/{dataset}_")
         if dataset not in TOYS and not found:
             fail(f"no {dataset}: expected {real}{{train,test}}/<object>/; see README.md")
@@ -531,9 +519,6 @@ def parallel(function, jobs, title, quiet=False):
     run = map if len(jobs) < 8 else pool.map                   # fewer are not worth the processes
     try:
         yield from tqdm(run(function, jobs), title, len(jobs), disable=quiet, leave=False)
-    except BrokenProcessPool:
-        fail(f"{title}: a worker process died, see above, or out of memory; a script must call "
-             'prepare under `if __name__ == "__main__":`')
     except OSError as e:
         fail(f"{title}: {e}")
     finally:

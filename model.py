@@ -404,7 +404,8 @@ def write_atomically(path, write):
             os.fsync(f.fileno())
         part.replace(path)
     except OSError as e:
-        part.unlink(missing_ok=True)
+        if part.exists():
+            part.unlink()
         fail(f"cannot write {path}: {e.strerror}; what was there before is untouched")
 
 

@@ -307,12 +307,6 @@ def hidden(depth, alpha, cam, frame=False):
     return (away & (alpha.flatten(1) > 0.5)).view(V, H, W)
 
 
-def cropped(x, share):
-    """(.., H, W) without this share of H, and of W, at each border."""
-    y, z = (math.ceil(share * n) for n in x.shape[-2:])
-    return x[..., y:x.shape[-2] - y, z:x.shape[-1] - z]
-
-
 @torch.no_grad()
 def evaluate(predict, views, cfg, n_views, objects, title="", lpips=None):
     """Scores of each test object, a dict each. predict(o) makes the Gaussians of n samples.
@@ -321,30 +315,33 @@ def evaluate(predict, views, cfg, n_views, objects, title="", lpips=None):
     the samples' mean image, and of the best sample. std: the standard deviation between samples in
     pixels that the source view hides. Of clips all is scored as in Flash3D, without a border of
     5 %, and the three targets also one by one. Of procedural data also `cars.door_scores`."""
-    border, names = (0.05, ("5", "10", "random")) if "window" in views.meta else (0, ())
+    clips = "window" in views.meta
+    h, w = views.meta["hw"]
+    y, z = [clips * math.ceil(0.05 * n) for n in (h, w)]                      # pixels of border
+    inner = ..., slice(y, h - y), slice(z, w - z)
+    names = ("5", "10", "random") if clips else ()
     scores = []
     for o in tqdm(objects, title, leave=False, disable=not title):
         index = test_views(views, o, n_views)                                 # (V,)
         x, cam, background = scene(views, index, cfg)                         # (1, V, 3, H, W)
         g = predict(o)                                                        # (n, N, ..)
         drawn = [render(one(g, k), cam, background) for k in range(len(g.xyz))]
-        x_hat = cropped(torch.cat([rgb for rgb, _, _ in drawn]), border)      # (n, V, 3, H, W)
-        x = cropped(x, border)                                                # (1, V, 3, H, W)
+        x_hat, alpha, depth = map(torch.cat, zip(*drawn))                     # (n, V, .., H, W)
+        x_hat = x_hat[inner]                                                  # (n, V, 3, h, w)
+        x = x[inner]                                                          # (1, V, 3, h, w)
         shown = x[0].flatten(1).amax(1) > 0   # (V,) CO3D: a picture without a mask is all black
         shown[0] = False                                                      # the source
-        novel = x_hat[:, shown]                                               # (n, V', 3, H, W)
-        truth = x[0, shown]                                                   # (V', 3, H, W)
+        novel = x_hat[:, shown]                                               # (n, V', 3, h, w)
+        truth = x[0, shown]                                                   # (V', 3, h, w)
         each = psnr(novel, truth).mean(1)                                     # (n,)
-        r = dict(zip(names, psnr(x_hat[:, 1:], x[:, 1:]).mean(0)))
-        r |= dict(one=each.mean(), ssim=ssim(novel[0], truth).mean(),
-                 source=psnr(x_hat[:, 0], x[:, 0]).mean())
+        source, *targets = psnr(x_hat, x).mean(0)                             # (V,)
+        r = dict(zip(names, targets), one=each.mean(), ssim=ssim(novel[0], truth).mean(),
+                 source=source)
         if lpips:
             r["lpips"] = lpips(2 * novel[0] - 1, 2 * truth - 1).mean()
         if len(g.xyz) > 1:
-            _, alpha, depth = drawn[0]                                        # (1, V, 1, H, W)
             r |= dict(mean=psnr(novel.mean(0), truth).mean(), best=each.max())
-            where = hidden(depth[0], alpha[0], cam, border > 0)[shown]        # (V', H, W)
-            where = cropped(where, border)
+            where = hidden(depth[0], alpha[0], cam, clips)[shown][inner]      # (V', h, w)
             if where.any():
                 r["std"] = novel.std(0).mean(1)[where].mean()
         if views.meta["procedural"]:
@@ -631,7 +628,7 @@ def arguments():
 @torch.no_grad()
 def main():
     a = arguments().parse_args()
-    stems = [Path(os.path.abspath(path)).stem for path in a.image]
+    stems = [path.absolute().stem for path in a.image]
     for wrong, message in [
             (not 1 <= a.samples <= 85, "--samples: give 1 to 85"),            # a .webp is full then
             (a.steps and a.steps < 1, "--steps: give 1 or more"),
@@ -650,25 +647,14 @@ def main():
     kind = "procedural" if meta["data"]["procedural"] else "real"
     print(f"weights: {a.weights} ({meta['dataset']}, {kind}, {denoiser.cfg.size} pixels)")
     a.steps = a.steps or meta["steps"]
-    errors = []
     for path, stem in zip(a.image, stems):
         out = a.out or Path("out", stem)
-        inputs = [path, *a.view, *a.pose]
-        try:
-            for file in inputs:
-                if not (os.path.isfile(file) or os.path.isdir(file)):         # a pipe would hang
-                    fail(f"{file}: no such file, or a pipe or device")
-            for name, content in results(path, denoiser, teacher, meta, a):
-                if os.path.realpath(out / name) in map(os.path.realpath, inputs):
-                    fail(f"{out / name}: is an input, not written over; choose another --out")
-                write_atomically(out / name, lambda file: file.write(content))
-            print(f"{path} -> {out}/", flush=True)
-        except SystemExit as bad:                         # the other inputs are still made
-            errors.append(str(bad))
-        except (OSError, ValueError) as bad:
-            errors.append(f"error: {path}: {bad}")
-    if errors:
-        raise SystemExit("\n".join(errors))
+        inputs = [file.resolve() for file in (path, *a.view, *a.pose)]
+        for name, content in results(path, denoiser, teacher, meta, a):
+            if (out / name).resolve() in inputs:
+                fail(f"{out / name}: is an input, not written over; choose another --out")
+            write_atomically(out / name, lambda file: file.write(content))
+        print(f"{path} -> {out}/", flush=True)
 
 
 if __name__ == "__main__":
