@@ -6,7 +6,7 @@
 
     stage 0   the teacher, trained by rendering alone; half of a batch is told what is hidden (ours)
     stage 1   bootstrapping: predict the told teacher's splats from noised ones, and render well
-    stage 2   multi-step: unroll the denoiser, render well, and leave the teacher behind
+    stage 2   multi-step: unroll the denoiser, and render well
 
 After an interruption the same command continues, bit for bit. --code=0 has the paper's teacher,
 which is told nothing; --paper has all its numbers. What the paper does not say is marked *ours*.
@@ -79,7 +79,7 @@ class Config:
     ema: float = 0.99            # averaging of weights; the averages are evaluated and kept
     # losses, weights ours: the paper's coefficients are not known
     w_3dgs: float = 0.1          # stage 1: mean square on normalised splats
-    w_3dgs_2: float = 0.0        # the same in stage 2; the paper drops it there
+    w_3dgs_2: float = 0.1        # ours, the same in stage 2: keeps s such that its code is read
     w_code: float = 0.05         # ours, stage 1: reading the teacher's code off the noised splats
     w_cyc: float = 0.1           # both stages; at 1 it outweighs the images, at 0 it is left out
     weighting: str = "min_snr"   # lambda_t: min_snr, constant, noise
@@ -106,15 +106,15 @@ class Config:
 
 GPU = dict(n_train=2000, n_test=100, size=128, width=32, mult=(1, 2, 4, 4, 4), attn=16, bf16=True,
            told=16, iters=(28000, 14000, 0), batch=(32, 16, 16), lr=(1e-3, 5e-4, 5e-5),
-           warmup=200, ema=0.999, w_3dgs=0.02, w_cyc=0.0, weighting="noise", t_known=50,
-           steps=STEPS, graph=True, compile=True, eval_views=11, log_every=100,
+           warmup=200, ema=0.999, w_3dgs=0.02, w_3dgs_2=0.02, w_cyc=0.0, weighting="noise",
+           t_known=50, steps=STEPS, graph=True, compile=True, eval_views=11, log_every=100,
            preview_every=2000, save_every=2000)
 # What the paper says, and where it is silent Splatter Image: its teacher is --width=128 --blocks=4.
 # iters are ours, of stages 1 and 2; those of stage 0 are in data.DATASETS.
 PAPER = dict(code=0, t_known=T - 1, size=128, width=96, mult=(1, 2, 2, 2), blocks=3, attn=16,
              warm_start=False, batch=(8, 100, 10), lr=(5e-5, 1e-4, 5e-5), clip=1e9, ema=0.9999,
-             warmup=500, w_3dgs=1.0, w_cyc=1.0, weighting="noise", steps=STEPS, eval_views=0,
-             checkpoint=True, decay_lr=False, iters=(100_000, 20_000))
+             warmup=500, w_3dgs=1.0, w_3dgs_2=0.0, w_cyc=1.0, weighting="noise", steps=STEPS,
+             eval_views=0, checkpoint=True, decay_lr=False, iters=(100_000, 20_000))
 # The least value of a flag, or of each of its numbers, where it is not 0
 LEAST = dict.fromkeys("n_train n_test size mult blocks told batch steps samples log_every "
                       "preview_every save_every".split(), 1) | dict(width=8, views=2, clip=1e-9)
@@ -213,7 +213,8 @@ def stage_1(denoiser, teacher, x, cam, background, t, eps, cfg):
 def stage_2(denoiser, teacher, x, cam, background, t, eps, cfg):
     """Multi-step: L = lambda_t || x - R(D o ... o D(s_t)) ||^2 + L_cyc through the frozen student.
     Gradients flow through every step. If s_t hides the answer, the average of all answers has the
-    least loss. Ours: t is at most cfg.t_known, where s_t still shows it."""
+    least loss. Ours: t is at most cfg.t_known, where s_t still shows it, and s_hat stays near the
+    teacher's s; else the next step reads another code off it."""
     s_teacher, s_t, mean, _ = noised_teacher(denoiser, teacher, x, cam, background, t, eps, cfg)
     step = denoiser
     if cfg.checkpoint:
@@ -222,7 +223,7 @@ def stage_2(denoiser, teacher, x, cam, background, t, eps, cfg):
     g = denoiser.gaussians(s_hat, mean, cam.K[:, 0])
     x_hat, _, _ = render(g, cam.views(slice(cfg.views)), background)          # (B, V, 3, H, W)
     weight = lambda_t(t, cfg.weighting, cfg.t_star, cfg.t_known)              # (B,)
-    losses = dict(loss_3dgs=F.mse_loss(s_hat, s_teacher),           # how far the teacher is behind
+    losses = dict(loss_3dgs=F.mse_loss(s_hat, s_teacher),             # ours; the paper drops it
                   loss_image=(weight * image_loss(x_hat, x)).mean())
     if cfg.w_cyc:
         weights = {k: v.detach() for k, v in denoiser.named_parameters()}     # today's, but frozen
