@@ -366,7 +366,7 @@ class Denoiser(nn.Module):
         theirs = unet.state_dict()
         code = self.cfg.code
         for name, mine in self.unet.state_dict().items():
-            if name.startswith(("map_layer", "where")):       # what could not leave zero
+            if name.startswith(("map_layer", "where")):       # these learn nothing from zeros
                 continue
             mine.zero_()
             w = theirs.get(name, mine.clone())
