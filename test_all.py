@@ -1236,7 +1236,7 @@ def test_the_cycle_looks_at_splats_of_the_target_frame_and_passes_gradients_to_t
 def test_a_stage_returns_finite_losses_and_trains_only_the_student(stage, shape):
     """Against gradients of 0, the sum of the terms; views that are only told are not judged."""
     teacher, denoiser, x, cam, white = told_scene(shape)
-    cfg = train.Config(size=16, steps=3, code=shape.code, told=3, views=2)
+    cfg = train.Config(size=16, steps=3, code=shape.code, told=3, views=2, w_3dgs_2=0.2)
     lose = lambda: (train.stage_1, train.stage_2)[stage - 1](
         denoiser, teacher, x, cam, white, torch.tensor([30, 99]), random_splats(), cfg)
     losses = lose()
@@ -1244,7 +1244,7 @@ def test_a_stage_returns_finite_losses_and_trains_only_the_student(stage, shape)
     for name, p in denoiser.named_parameters():
         assert p.grad is not None and 0 < p.grad.abs().sum() < math.inf, name
     assert all(p.grad is None for p in teacher.parameters())
-    w = cfg.w_3dgs if stage == 1 else 0                # the paper drops it in stage 2
+    w = cfg.w_3dgs if stage == 1 else cfg.w_3dgs_2
     want = w * losses["loss_3dgs"] + losses["loss_image"] + cfg.w_cyc * losses["loss_cyc"]
     assert ("loss_code" in losses) == (stage == 1 and shape.code > 0)
     torch.testing.assert_close(losses["loss"], want + cfg.w_code * losses.get("loss_code", 0))
