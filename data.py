@@ -385,6 +385,8 @@ def read_rgba(path):
     """Any picture (grey, 16-bit, palette, transparent) -> RGBA image, upright as its EXIF says."""
     # by its open file: Pillow maps a named TIFF into memory, and then turns it wrongly
     with reading(path, "a readable image"), open(path, "rb") as file, Image.open(file) as image:
+        raw = image.tile[0][3] if image.format == "PNG" else None
+        scale = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 257}.get(raw)
         image = ImageOps.exif_transpose(image)
         key = image.info.get("transparency")                                 # in the file's units
         if image.mode[0] in "IF":                              # more than 8 bits: Pillow would clip
@@ -394,6 +396,9 @@ def read_rgba(path):
                 raise ValueError(f"its numbers go from {grey.min()} to {grey.max()}, not to {high}")
             both = np.stack([255 / high * grey + .5, 255 * (grey != key)], 2)     # (h, w, 2)
             image = Image.fromarray(both.astype(np.uint8))
+        elif scale and key is not None:
+            key = tuple(round(k * scale) for k in np.atleast_1d(key))
+            image.info["transparency"] = key if len(key) > 1 else key[0]
         return image.convert("RGBA")
 
 

@@ -404,7 +404,7 @@ def write_atomically(path, write):
             os.fsync(f.fileno())
         part.replace(path)
     except OSError as e:
-        if part.exists():
+        if part.exists():       # unlink fails if a folder of the path is a file
             part.unlink()
         fail(f"cannot write {path}: {e.strerror}; what was there before is untouched")
 

@@ -649,9 +649,12 @@ def main():
     a.steps = a.steps or meta["steps"]
     for path, stem in zip(a.image, stems):
         out = a.out or Path("out", stem)
-        inputs = [file.resolve() for file in (path, *a.view, *a.pose)]
+        inputs = [path, *a.view, *a.pose]
+        for file in inputs:
+            if not (file.is_file() or file.is_dir()):
+                fail(f"{file}: no such file, or a pipe, which would hang")
         for name, content in results(path, denoiser, teacher, meta, a):
-            if (out / name).resolve() in inputs:
+            if (out / name).resolve() in [file.resolve() for file in inputs]:
                 fail(f"{out / name}: is an input, not written over; choose another --out")
             write_atomically(out / name, lambda file: file.write(content))
         print(f"{path} -> {out}/", flush=True)

@@ -797,6 +797,25 @@ def test_alpha_is_straight_but_in_srn_only_a_mask(tmp_path):
     assert (pixels == 128).all()
 
 
+def png(path, depth, colour, row, key):
+    """A PNG of one row, written by hand: bits a channel, kind of colour, bytes, tRNS."""
+    chunk = lambda name, body: (len(body).to_bytes(4, "big") + name + body
+                                + zlib.crc32(name + body).to_bytes(4, "big"))
+    size = bytes([0, 0, 0, 2, 0, 0, 0, 1, depth, colour, 0, 0, 0])
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"tRNS", key)
+                     + chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b""))
+
+
+@pytest.mark.parametrize("depth, colour, row, key, grey", [
+    (2, 0, b"\x60", b"\0\x02", 85), (4, 0, b"\x35", b"\0\x05", 51),
+    (16, 2, b"\x33\x33" * 3 + b"\x55\x20" * 3, b"\x55\x20" * 3, 51)])
+def test_the_transparent_value_of_a_png_has_its_depth(depth, colour, row, key, grey, tmp_path):
+    """Against two pixels: the first is grey, the second has the transparent value."""
+    png(tmp_path / "x.png", depth, colour, row, key)
+    first, second = np.asarray(data.read_rgba(tmp_path / "x.png"))[0]
+    assert first.tolist() == [grey] * 3 + [255] and second[3] == 0
+
+
 POSE, PICTURE, NERF, MASKED = ("pose/000003.txt", "rgb/000003.png", "transforms.json",
                                "images_fg.npy")
 
@@ -2046,9 +2065,10 @@ def test_several_pictures_have_a_folder_each(tiny, tmp_path, monkeypatch, capsys
     assert not make(monkeypatch, tiny, "photo.jpg", "--out=alone")
     for path in Path("alone").iterdir():
         assert path.read_bytes() == Path("out/photo", path.name).read_bytes()
+    os.mkfifo("pipe.png")                                                     # would never end
     shutil.copy("photo.jpg", "grey.jpg")
     shutil.copy("photo.jpg", "sample.png")
-    for more, said in (("gone.png", "gone"), ("--out=grey.png/out", "grey"),
+    for more, said in (("gone.png", "gone"), ("pipe.png", "pipe"), ("--out=grey.png/out", "grey"),
                        ("grey.jpg", "two pictures of one name")):
         line, = make(monkeypatch, tiny, "grey.png", more)
         assert line.startswith("error: ") and said in line

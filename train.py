@@ -321,7 +321,7 @@ def make_networks(cfg, stage, views, background):
     if cfg.paper:
         network.unet.start(cfg.size, **views.meta["start"])
     if stage == 1:
-        # units of the splats that stage 1 will noise, from 32 batches
+        # units of the splats that stage 1 will noise, from 32 batches; until then they are 1
         network.to(cfg.device)
         draws = (draw_batch(views, cfg, 0, cfg.iters[0] + i, slice(None)) for i in range(32))
         splats = (noised_teacher(network, teacher, x, Camera(w2c, K, views.meta["hw"]), background,
