@@ -256,7 +256,7 @@ def scene(views, index, cfg):
 
 def load_student(path, device):
     """-> (denoiser, teacher, meta) of a student's file and of the teacher.pt beside it, whose
-    splats are what the student denoises around."""
+    splats are what the student denoises around. Refuses another teacher than that of training."""
     student, meta = load_network(path, Denoiser, device)
     teacher, _ = load_network(path.with_name("teacher.pt"), Teacher, device)
     if meta.get("teacher") != fingerprint(teacher):
