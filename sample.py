@@ -1,7 +1,6 @@
 """Turn a picture into splats, a film of the denoising and a viewer page; measure how good they are.
 
-    python sample.py car.png                                   # any picture of one object
-    python sample.py a.png b.png --samples 8 --seed 1          # several
+    python sample.py car.png --samples 8 --seed 1              # any picture of one object
     python sample.py car.png --view back.png --pose back.txt   # guided by a further view
     python sample.py path/to/object --views 64,104             # view 64 of a dataset's object,
                                                                # guided by its view 104
@@ -70,9 +69,9 @@ def trajectory(denoiser, x_src, mean, guide, a):
     return [*trail, s_hat]
 
 
-def results(path, denoiser, teacher, meta, a):
-    """Yields (name, bytes) of every file that is made of one input."""
-    x, cam, background = read_views(path, denoiser.cfg, meta, a)              # (1, V, 3, H, W)
+def results(denoiser, teacher, meta, a):
+    """Yields (name, bytes) of every file that is made."""
+    x, cam, background = read_views(denoiser.cfg, meta, a)                    # (1, V, 3, H, W)
     h, w = cam.hw
     K = cam.K[:, 0].expand(a.samples, -1)                                     # (B, 4 or 5)
     alone = teacher(x[:, :1])                                                 # (1, 24, H, W) raw
@@ -89,7 +88,7 @@ def results(path, denoiser, teacher, meta, a):
         look |= dict(distance=g.xyz[..., 2].median().item(), elevation=a.elevation or 0, sway=SWAY)
     elif a.elevation is None:
         look["elevation"] = estimate_elevation(g, middle)
-        print(f"{path}: taken to look down by {look['elevation']} degrees, an estimate; if the "
+        print(f"{a.image}: taken to look down by {look['elevation']} degrees, an estimate; if the "
               "splats are tilted, give --elevation")
 
     def place(s):
@@ -109,7 +108,7 @@ def results(path, denoiser, teacher, meta, a):
     objects = {f"sample {k}": [one(state, k) for state in states] for k in range(a.samples)}
     objects["teacher"] = [upright(teacher.gaussians(alone, K[:1]), look, w)]
     look["differ"] = azimuth(most, look)
-    page = viewer_html(path.name, encoded([pixels], "PNG"), objects, look)
+    page = viewer_html(a.image.name, encoded([pixels], "PNG"), objects, look)
     yield "viewer.html", page.encode()
 
     film = []                                                                 # (B, h, w, 3) each
@@ -570,28 +569,26 @@ def prepare(path, size, background, posed=False, aspect=1, shape=1):
     return data.resize(data.on_background(image, background), (size, round(size * aspect)))
 
 
-def read_views(path, cfg, meta, a):
+def read_views(cfg, meta, a):
     """The source view, then those that guide -> images (1, V, 3, H, W), cameras relative to the
     first, background."""
     size = cfg.size
     meta = dict(meta, aspect=cfg.aspect)                                      # for `read_object`
-    if path.is_dir():
-        split = next((split for split in data.SPLITS if data.layout(path, split)), "test")
-        pixels, c2w, K = data.read_object(path, split, size, meta)            # (V, H, W, 3)
+    if a.image.is_dir():
+        split = next((split for split in data.SPLITS if data.layout(a.image, split)), "test")
+        pixels, c2w, K = data.read_object(a.image, split, size, meta)         # (V, H, W, 3)
         if K.shape[1] < len(meta["K"]):
-            c2w, K = data.centred(c2w, K, path, size)
+            c2w, K = data.centred(c2w, K, a.image, size)
         if K.shape[1] > len(meta["K"]):
-            fail(f"{path}: its cameras are not such as these weights were trained with")
+            fail(f"{a.image}: its cameras are not such as these weights were trained with")
         index = a.views or [64 if len(c2w) > 64 else 0]
         if not set(index) <= set(range(len(c2w))):
-            fail(f"{path}: --views: give numbers from 0 to {len(c2w) - 1}")
-    elif a.views:
-        fail(f"{path}: --views needs the folder of an object")
+            fail(f"{a.image}: --views: give numbers from 0 to {len(c2w) - 1}")
     else:
         fx, fy = meta["K"][:2]
         pixels = np.stack([prepare(file, size, meta["background"], bool(a.view), cfg.aspect,
                                    cfg.aspect * fy / fx)                      # (V, H, W, 3)
-                           for file in [path, *a.view]])
+                           for file in [a.image, *a.view]])
         poses = [data.rigid(data.numbers(file), file) for file in a.pose]
         c2w = np.stack([np.eye(4), *poses])                                   # (V, 4, 4)
         K = np.tile(meta["K"], (len(c2w), 1))                                 # (V, 4 or 5)
@@ -606,7 +603,7 @@ def arguments():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     add = parser.add_argument
-    add("image", nargs="+", type=Path, help="pictures, or objects of a dataset: their folders")
+    add("image", type=Path, help="a picture, or an object of a dataset: its folder")
     add("--views", metavar="N,N", type=lambda text: [int(n) for n in text.split(",")],
         help="of an object: the source view, then any that guide; default 64, or 0 if it has fewer")
     add("--view", action="append", type=Path, default=[],
@@ -618,7 +615,7 @@ def arguments():
         help="of train.py, beside its teacher.pt; default weights/cars.pt")
     add("--out", type=Path, help="default out/<name of the input>")
     add("--device", default="", help="default: the GPU if there is one")
-    add("--samples", type=int, default=4, help="how many of each picture; default 4")
+    add("--samples", type=int, default=4, help="how many; default 4")
     add("--seed", type=int, default=0, help="another seed, other samples; default 0")
     add("--steps", type=int, help="DDIM steps; default: as many as in training")
     add("--elevation", type=float, help="degrees the camera looks down by; default: estimated")
@@ -628,36 +625,32 @@ def arguments():
 @torch.no_grad()
 def main():
     a = arguments().parse_args()
-    stems = [path.absolute().stem for path in a.image]
+    out = a.out or Path("out", a.image.absolute().stem)
+    inputs = [a.image, *a.view, *a.pose]
     for wrong, message in [
             (not 1 <= a.samples <= 85, "--samples: give 1 to 85"),            # a .webp is full then
             (a.steps and a.steps < 1, "--steps: give 1 or more"),
             (not 0 <= a.seed < 2 ** 63, "--seed: give 0 or more, below 2 to the 63rd"),
             (a.elevation and not abs(a.elevation) <= 90, "--elevation: give -90 to 90"),
             (len(a.view) != len(a.pose), "give a --pose for each --view"),
-            (len(a.image) > 1 and (a.out or a.view) or a.view and a.image[0].is_dir(),
-             "--out goes with a single input, --view with a single picture"),
-            (len(set(stems)) < len(stems),
-             "two pictures of one name would share a folder; take one after the other")]:
+            (a.view if a.image.is_dir() else a.views,
+             "--view goes with a picture, --views with the folder of an object")]:
         if wrong:
             fail(message)
+    for file in inputs:
+        if not (file.is_file() or file.is_dir()):
+            fail(f"{file}: no such file, or a pipe, which would hang")
     a.device = pick_device(a.device)
     denoiser, teacher, meta = load_student(a.weights, a.device)
     denoiser.to(memory_format=torch.channels_last)                            # faster on a CPU
     kind = "procedural" if meta["data"]["procedural"] else "real"
     print(f"weights: {a.weights} ({meta['dataset']}, {kind}, {denoiser.cfg.size} pixels)")
     a.steps = a.steps or meta["steps"]
-    for path, stem in zip(a.image, stems):
-        out = a.out or Path("out", stem)
-        inputs = [path, *a.view, *a.pose]
-        for file in inputs:
-            if not (file.is_file() or file.is_dir()):
-                fail(f"{file}: no such file, or a pipe, which would hang")
-        for name, content in results(path, denoiser, teacher, meta, a):
-            if (out / name).resolve() in [file.resolve() for file in inputs]:
-                fail(f"{out / name}: is an input, not written over; choose another --out")
-            write_atomically(out / name, lambda file: file.write(content))
-        print(f"{path} -> {out}/", flush=True)
+    for name, content in results(denoiser, teacher, meta, a):
+        if (out / name).resolve() in [file.resolve() for file in inputs]:
+            fail(f"{out / name}: is an input, not written over; choose another --out")
+        write_atomically(out / name, lambda file: file.write(content))
+    print(f"{a.image} -> {out}/")
 
 
 if __name__ == "__main__":

@@ -2054,24 +2054,20 @@ def test_the_elevation_is_told_by_what_is_level(elevation):
     assert abs(sample.estimate_elevation(transform(g, w2c), 1.3) - elevation) <= 2
 
 
-def test_several_pictures_have_a_folder_each(tiny, tmp_path, monkeypatch, capsys):
-    """Against the same bytes as alone; a name that cannot be read, or written, costs one line; a
-    photograph without a plain ground is taken with a warning; no input is written over."""
+def test_a_picture_has_its_folder_and_no_input_is_written_over(tiny, tmp_path, monkeypatch, capsys):
+    """Against files and bytes; a name that cannot be read, or written, costs one line; a photograph
+    without a plain ground is taken with a warning."""
     pictures(tmp_path)
     monkeypatch.chdir(tmp_path)
-    assert not make(monkeypatch, tiny, "grey.png", "photo.jpg")
-    assert sorted(p.name for p in Path("out").iterdir()) == ["grey", "photo"]
+    assert not make(monkeypatch, tiny, "photo.jpg")
+    assert [p.name for p in Path("out").iterdir()] == ["photo"]
     assert "background has more than one colour" in capsys.readouterr().err
-    assert not make(monkeypatch, tiny, "photo.jpg", "--out=alone")
-    for path in Path("alone").iterdir():
-        assert path.read_bytes() == Path("out/photo", path.name).read_bytes()
     os.mkfifo("pipe.png")                                                     # would never end
-    shutil.copy("photo.jpg", "grey.jpg")
-    shutil.copy("photo.jpg", "sample.png")
-    for more, said in (("gone.png", "gone"), ("pipe.png", "pipe"), ("--out=grey.png/out", "grey"),
-                       ("grey.jpg", "two pictures of one name")):
-        line, = make(monkeypatch, tiny, "grey.png", more)
+    for args, said in ((["gone.png"], "gone"), (["pipe.png"], "pipe"),
+                       (["grey.png", "--out=grey.png/out"], "grey")):
+        line, = make(monkeypatch, tiny, *args)
         assert line.startswith("error: ") and said in line
+    shutil.copy("photo.jpg", "sample.png")
     assert "is an input" in make(monkeypatch, tiny, "sample.png", "--out=.")[0]
     assert Path("sample.png").read_bytes() == Path("photo.jpg").read_bytes()
 
@@ -2136,7 +2132,7 @@ def test_bad_input_of_sample_is_one_clear_line(tiny, cars, tmp_path, monkeypatch
         ([picture, "--view", odd / "x.png", "--pose", good], "x.png"),
         ([tmp_path / "wide.png", *view, good], "wide.png"),
         ([picture, *view, tmp_path / "mirror.txt"], "mirror.txt"),
-        ([picture, "--view", picture], "--pose"), ([picture, picture, *view, good], "--view"),
+        ([picture, "--view", picture], "--pose"), ([folder, *view, good], "--view"),
         ([picture, "--views=64,1"], "--views"), ([folder, "--views=64,251"], "0 to 250"),
         ([folder, "--views=a"], "--views"), ([odd], "odd")]
     for args, word in cases:
