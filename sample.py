@@ -57,44 +57,43 @@ def renderings(g, cam, background):
     return render(g, Camera(w2c, K, cam.hw), background)[0]
 
 
-def trajectory(denoiser, x_src, mean, guide, a):
-    """x_src (1, 3, H, W) -> s_t of every DDIM step, then the result: (B, 24, H, W) each."""
-    trail = []
-    hook = denoiser.register_forward_pre_hook(lambda _, inputs: trail.append(inputs[0].detach()))
-    noise = torch.Generator().manual_seed(a.seed)      # on the CPU: the same for every device
-    eps = torch.randn(a.samples, S, *denoiser.cfg.hw, generator=noise).to(a.device)
-    x_src = x_src.expand(a.samples, -1, -1, -1)                               # (B, 3, h, w)
-    s_hat = denoiser.sample(x_src, mean, eps, a.steps, guide)
-    hook.remove()
-    return [*trail, s_hat]
+def sample_splats(denoiser, alone, x, cam, background, eps, steps):
+    """Denoises eps (B, 24, H, W) to B samples of the object in x (1, V, 3, h, w), whose first view
+    is the source; the others guide. alone: the teacher's raw splats (1, 24, H, W), told nothing.
+    -> s_hat (B, 24, H, W), and the function that makes Gaussians of such splats."""
+    K = cam.K[:, 0].expand(len(eps), -1)                                      # (B, 4 or 5)
+    mean = denoiser.mean(alone)                                               # (1, 24, H, W)
+    to_gaussians = lambda s: denoiser.gaussians(s, mean, K)
+    guide = guidance(to_gaussians, x, cam, background)
+    x_src = x[:, 0].expand(len(eps), -1, -1, -1)                              # (B, 3, h, w)
+    return denoiser.sample(x_src, mean, eps, steps, guide), to_gaussians
 
 
 def results(denoiser, teacher, meta, a):
     """Yields (name, bytes) of every file that is made."""
     x, cam, background = read_views(denoiser.cfg, meta, a)                    # (1, V, 3, H, W)
     h, w = cam.hw
-    K = cam.K[:, 0].expand(a.samples, -1)                                     # (B, 4 or 5)
+    K = cam.K[:, 0]                                                           # (1, 4 or 5)
     alone = teacher(x[:, :1])                                                 # (1, 24, H, W) raw
-    mean = denoiser.mean(alone)                                               # (1, 24, H, W)
-    to_gaussians = lambda s: denoiser.gaussians(s, mean, K)
-    guide = guidance(to_gaussians, x, cam, background)
-    trail = trajectory(denoiser, x[:, 0], mean, guide, a)                     # (B, 24, H, W) each
+    noise = torch.Generator().manual_seed(a.seed)      # on the CPU: the same for every device
+    eps = torch.randn(a.samples, S, *denoiser.cfg.hw, generator=noise).to(a.device)
+    trail = []             # s_t of every DDIM step, then the result: (B, 24, H, W) each
+    with denoiser.register_forward_pre_hook(lambda _, inputs: trail.append(inputs[0].detach())):
+        s, to_gaussians = sample_splats(denoiser, alone, x, cam, background, eps, a.steps)
+    trail.append(s)
     middle = (denoiser.cfg.near + denoiser.cfg.far) / 2 + K[0, 4:].sum().item()
     fx, fy = K[0, :2].tolist()
     look = dict(distance=middle, elevation=a.elevation, focal=fx / w, aspect=fy / h * w / fx,
                 background=meta["background"], near=NEAR)
-    g = to_gaussians(trail[-1])                                               # (B, N, ..)
+    g = to_gaussians(s)                                                       # (B, N, ..)
     if meta.get("window"):     # of a clip, not of an object with sides: the camera was level
         look |= dict(distance=g.xyz[..., 2].median().item(), elevation=a.elevation or 0, sway=SWAY)
     elif a.elevation is None:
         look["elevation"] = estimate_elevation(g, middle)
         print(f"{a.image}: taken to look down by {look['elevation']} degrees, an estimate; if the "
               "splats are tilted, give --elevation")
-
-    def place(s):
-        """Splats of any step -> Gaussians in the upright frame."""
-        return upright(to_gaussians(s), look, w)
-    states = [place(s) for s in trail]
+    place = lambda s: upright(to_gaussians(s), look, w)
+    states = [place(s) for s in trail]                                        # (B, N, ..) each
     g = states[-1]
     turn = [photograph(g, i, look) for i in range(FRAMES)]                    # (B, h, w, 3) each
     spread = [x.std(0, ddof=min(1, a.samples - 1)).mean() / 255 for x in turn]
@@ -106,7 +105,7 @@ def results(denoiser, teacher, meta, a):
     yield "sample.png", encoded([np.vstack(rows)], "PNG")
 
     objects = {f"sample {k}": [one(state, k) for state in states] for k in range(a.samples)}
-    objects["teacher"] = [upright(teacher.gaussians(alone, K[:1]), look, w)]
+    objects["teacher"] = [upright(teacher.gaussians(alone, K), look, w)]
     look["differ"] = azimuth(most, look)
     page = viewer_html(a.image.name, encoded([pixels], "PNG"), objects, look)
     yield "viewer.html", page.encode()
@@ -271,16 +270,13 @@ def predictor(teacher, student, views, cfg, given=None, n=1):
     def predict(o):
         index = given(views, o) if given else test_views(views, o)[:1]        # (V,)
         x, cam, background = scene(views, index, cfg)                         # (1, V, 3, H, W)
-        K = cam.K[:, 0]                                                       # (1, 4 or 5)
         if not student:
-            return teacher.gaussians(teacher(x, cam, background), K)
+            return teacher.gaussians(teacher(x, cam, background), cam.K[:, 0])
         seeds = [10**6 * (cfg.seed + 1) + 10**3 * o + k for k in range(n)]
         eps = torch.stack([torch.randn(S, *student.cfg.hw, generator=torch.Generator()
                                        .manual_seed(seed)) for seed in seeds]).to(cfg.device)
-        mean = student.mean(teacher(x[:, :1]))                                # (1, 24, H, W)
-        to_gaussians = lambda s: student.gaussians(s, mean, K.expand(n, -1))
-        guide = guidance(to_gaussians, x, cam, background)
-        s = student.sample(x[:, 0].expand(n, -1, -1, -1), mean, eps, cfg.steps, guide)
+        alone = teacher(x[:, :1])                                             # (1, 24, H, W) raw
+        s, to_gaussians = sample_splats(student, alone, x, cam, background, eps, cfg.steps)
         return to_gaussians(s)                                                # (n, N, ..)
     return predict
 
