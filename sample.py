@@ -539,52 +539,50 @@ def frame(path, image, background):
         if not 0.35 <= extent / side <= 0.80 or off > 0.1:
             side = round(extent / SHARE)
             corner = (middle - side * MIDDLE).round().astype(int)
-    x, y = corner.tolist()
-    return image.crop((x, y, x + side, y + side))
+    return image.crop((*corner, *corner + side))
 
 
-def prepare(path, size, background, posed=False, aspect=1, shape=1):
-    """A file -> (size, size aspect, 3) uint8 as in training. posed: its camera is given, so it is
-    neither cropped nor shifted. For clips, whose frames are stretched from `shape` (width / height)
-    to `aspect`, a picture that is no frame is cropped around its centre to that shape."""
+def prepare(path, cfg, meta, posed=False):
+    """A file -> (H, W, 3) uint8 as in training. posed: its camera is given, so it is neither
+    cropped nor shifted. For clips, whose frames are stretched, a picture that is no frame is
+    cropped around its centre to the shape that they had before."""
     image = data.read_rgba(path)
     if (path.parent.parent / "intrinsics.txt").exists():   # SRN's pictures are composited already,
         image.putalpha(255)                                # and their alpha is only the mask
-    image.thumbnail((16 * size, 16 * size))
-    if aspect != 1:
+    image.thumbnail((16 * cfg.size, 16 * cfg.size))
+    if cfg.aspect != 1:
         if not data.clip_file(path.parent).exists():
+            fx, fy = meta["K"][:2]
+            shape = cfg.aspect * fy / fx                                      # width / height
             w = min(image.width, round(image.height * shape))
             h = min(image.height, round(image.width / shape))
-            left = (image.width - w) // 2
-            top = (image.height - h) // 2
-            image = image.crop((left, top, left + w, top + h))
+            corner = (np.array(image.size) - (w, h)) // 2                     # x y
+            image = image.crop((*corner, *corner + (w, h)))
     elif not posed:
-        image = frame(path, image, background)
+        image = frame(path, image, meta["background"])
     elif image.width != image.height:
         fail(f"{path}: not square; with --view all pictures must be")
-    return data.resize(data.on_background(image, background), (size, round(size * aspect)))
+    pixels = data.on_background(image, meta["background"])                    # (h, w, 3)
+    return data.resize(pixels, (cfg.size, round(cfg.size * cfg.aspect)))
 
 
 def read_views(cfg, meta, a):
     """The source view, then those that guide -> images (1, V, 3, H, W), cameras relative to the
     first, background."""
-    size = cfg.size
     meta = dict(meta, aspect=cfg.aspect)                                      # for `read_object`
     if a.image.is_dir():
         split = next((split for split in data.SPLITS if data.layout(a.image, split)), "test")
-        pixels, c2w, K = data.read_object(a.image, split, size, meta)         # (V, H, W, 3)
+        pixels, c2w, K = data.read_object(a.image, split, cfg.size, meta)     # (V, H, W, 3)
         if K.shape[1] < len(meta["K"]):
-            c2w, K = data.centred(c2w, K, a.image, size)
+            c2w, K = data.centred(c2w, K, a.image, cfg.size)
         if K.shape[1] > len(meta["K"]):
             fail(f"{a.image}: its cameras are not such as these weights were trained with")
         index = a.views or [64 if len(c2w) > 64 else 0]
         if not set(index) <= set(range(len(c2w))):
             fail(f"{a.image}: --views: give numbers from 0 to {len(c2w) - 1}")
     else:
-        fx, fy = meta["K"][:2]
-        pixels = np.stack([prepare(file, size, meta["background"], bool(a.view), cfg.aspect,
-                                   cfg.aspect * fy / fx)                      # (V, H, W, 3)
-                           for file in [a.image, *a.view]])
+        files = [a.image, *a.view]
+        pixels = np.stack([prepare(file, cfg, meta, len(files) > 1) for file in files])
         poses = [data.rigid(data.numbers(file), file) for file in a.pose]
         c2w = np.stack([np.eye(4), *poses])                                   # (V, 4, 4)
         K = np.tile(meta["K"], (len(c2w), 1))                                 # (V, 4 or 5)

@@ -1650,8 +1650,11 @@ def test_clips_train_in_three_stages_are_scored_and_sampled(monkeypatch, tmp_pat
     assert read_ply(out / "sample_0.ply")["x"].shape == (20 * 28,)
     assert "look down" not in capsys.readouterr().out
     wide = np.asarray(Image.open(tmp_path / "wide.png"))                      # (20, 60, 3)
-    for shape, columns in (1.5, slice(15, 45)), (2, slice(10, 50)):           # the latter stretched
-        x = sample.prepare(tmp_path / "wide.png", 20, (1, 1, 1), aspect=1.5, shape=shape)
+    for shape, columns in (1.5, slice(15, 45)), (2, slice(10, 50)), (2, slice(60)):
+        if columns == slice(60):                                              # it is a frame
+            data.clip_file(tmp_path).touch()
+        x = sample.prepare(tmp_path / "wide.png", ModelConfig(size=20, aspect=1.5),
+                           dict(K=(1.5, shape), background=(1, 1, 1)))
         assert (x == data.resize(wide[:, columns], (20, 30))).all()
 
 
@@ -1976,7 +1979,8 @@ def test_every_training_view_passes_unchanged(cars, capsys):
     files = sorted(cars.glob("cars/*/*/rgb/*.png"))
     for path in files:
         as_trained = data.resize(np.asarray(Image.open(path).convert("RGB")), 32)
-        assert (sample.prepare(path, 32, (1., 1., 1.)) == as_trained).all(), path
+        x = sample.prepare(path, ModelConfig(size=32), dict(background=(1., 1., 1.)))
+        assert (x == as_trained).all(), path
     assert len(files) == 351 and not capsys.readouterr().err
 
 
@@ -2002,7 +2006,7 @@ def test_a_subject_anywhere_on_any_plain_ground_is_framed_as_in_training(ground,
     exif[0x0112] = turned                                                     # as a camera held so
     image = Image.fromarray(rgba).rotate({1: 0, 6: 90, 8: 270}[turned], expand=True)
     image.save(tmp_path / "x.png", exif=exif)
-    pixels = sample.prepare(tmp_path / "x.png", 64, (1., 1., 1.))             # (64, 64, 3)
+    pixels = sample.prepare(tmp_path / "x.png", ModelConfig(size=64), dict(background=(1., 1., 1.)))
     y, x = np.nonzero((pixels < 200).any(-1))
     low, high = np.array([x.min(), y.min()]), np.array([x.max(), y.max()]) + 1
     box = np.array([*(high - low), *(low + high) / 2]) / 64
