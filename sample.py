@@ -86,7 +86,9 @@ def results(denoiser, teacher, meta, a):
     look = dict(distance=middle, elevation=a.elevation, focal=fx / w, aspect=fy / h * w / fx,
                 background=meta["background"], near=NEAR)
     g = to_gaussians(s)                                                       # (B, N, ..)
+    around = [360 * i / FRAMES for i in range(FRAMES)]                        # degrees
     if meta.get("window"):     # of a clip, not of an object with sides: the camera was level
+        around = [SWAY * math.sin(math.radians(angle)) for angle in around]
         look |= dict(distance=g.xyz[..., 2].median().item(), elevation=a.elevation or 0, sway=SWAY)
     elif a.elevation is None:
         look["elevation"] = estimate_elevation(g, middle)
@@ -94,11 +96,10 @@ def results(denoiser, teacher, meta, a):
               "splats are tilted, give --elevation")
     place = lambda s: upright(to_gaussians(s), look, w)
     states = [place(s) for s in trail]                                        # (B, N, ..) each
-    g = states[-1]
-    turn = [photograph(g, i, look) for i in range(FRAMES)]                    # (B, h, w, 3) each
+    turn = [photograph(states[-1], angle, look) for angle in around]          # (B, h, w, 3) each
     spread = [x.std(0, ddof=min(1, a.samples - 1)).mean() / 255 for x in turn]
     most = int(np.argmax(spread))
-    sides = {round(azimuth(i, look)): i for i in (0, most, *range(0, FRAMES, FRAMES // 4))}
+    sides = {round(around[i]): i for i in (0, most, *range(0, FRAMES, FRAMES // 4))}
     pixels = to_pixels(x[0, 0])                                               # (H, W, 3)
     picture = Image.fromarray(pixels).resize(turn[0].shape[2:0:-1], Image.Resampling.BICUBIC)
     rows = [np.hstack([picture, *(turn[i][k] for i in sides.values())]) for k in range(a.samples)]
@@ -106,7 +107,7 @@ def results(denoiser, teacher, meta, a):
 
     objects = {f"sample {k}": [one(state, k) for state in states] for k in range(a.samples)}
     objects["teacher"] = [upright(teacher.gaussians(alone, K), look, w)]
-    look["differ"] = azimuth(most, look)
+    look["differ"] = around[most]
     page = viewer_html(a.image.name, encoded([pixels], "PNG"), objects, look)
     yield "viewer.html", page.encode()
 
@@ -115,11 +116,11 @@ def results(denoiser, teacher, meta, a):
         step = a.steps * (1 - (1 - i / FRAMES) ** 2)                          # slower and slower
         k = int(step)
         s = trail[k].lerp(trail[k + 1], step - k)                             # (B, 24, H, W)
-        film.append(photograph(place(s), i, look))
+        film.append(photograph(place(s), around[i], look))
     film = [np.hstack(x) for x in film + turn]                                # (h, B w, 3) each
     yield "film.webp", encoded(film, "WEBP", save_all=True, duration=83, loop=0)     # 12 a second
     for k in range(a.samples):
-        yield f"sample_{k}.ply", ply_bytes(one(g, k))
+        yield f"sample_{k}.ply", ply_bytes(one(states[-1], k))
     if a.samples > 1:
         print(f"the {a.samples} samples differ most from {look['differ']:.0f} degrees around the "
               f"object: standard deviation {spread[most]:.4f} of 1 there, {spread[0]:.4f} at the "
@@ -157,12 +158,6 @@ def orbit(angle, look):
     return torch.tensor([[[*R_t, [0, 0, 0, 1]]]])
 
 
-def azimuth(i, look):
-    """Degrees around the middle in frame i of a turn, or of a sway to both sides."""
-    turn = 360 * i / FRAMES
-    return look["sway"] * math.sin(math.radians(turn)) if "sway" in look else turn
-
-
 def upright(g, look, width):
     """From the source camera's frame to the upright one. In training the renderer widens each
     splat by LOW_PASS px^2; from nearer, or in more pixels, gaps would open between them. So they
@@ -175,12 +170,12 @@ def upright(g, look, width):
     return transform(g, pose.expand(len(g.xyz), -1, -1))
 
 
-def photograph(g, i, look):
-    """B objects in frame i of a turn -> (B, h, w, 3) uint8, w = SIDE."""
+def photograph(g, angle, look):
+    """B objects from so many degrees around the middle -> (B, h, w, 3) uint8, w = SIDE."""
     h = round(SIDE / look["aspect"])
     f = look["focal"] * SIDE
     K = g.xyz.new_tensor([[[f, f, SIDE / 2, h / 2]]])                         # (1, 1, 4) pixels
-    cam = Camera(orbit(math.radians(azimuth(i, look)), look).to(K), K, (h, SIDE))
+    cam = Camera(orbit(math.radians(angle), look).to(K), K, (h, SIDE))
     x = renderings(g, cam, K.new_tensor(look["background"]))                  # (B, 1, 3, h, w)
     return to_pixels(x[:, 0])
 

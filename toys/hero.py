@@ -45,7 +45,7 @@ def main():
         edge = round(size * (1 - 1 / ZOOM) / 2)                               # as the zoom cuts off
         picture = Image.fromarray(sample.to_pixels(x[0, 0])[edge:size - edge, edge:size - edge])
         picture = np.asarray(picture.resize((sample.SIDE, sample.SIDE), Image.Resampling.BICUBIC))
-        turn = [sample.photograph(g, k, look) for k in range(sample.FRAMES)]
+        turn = [sample.photograph(g, 360 * k / sample.FRAMES, look) for k in range(sample.FRAMES)]
         rows.append([np.hstack([picture, *frame]) for frame in turn])         # (P, 6 P, 3) each
     film = []
     for frame in zip(*rows):
