@@ -61,9 +61,8 @@ def sample_splats(denoiser, alone, x, cam, background, eps, steps):
     """Denoises eps (B, 24, H, W) to B samples of the object in x (1, V, 3, h, w), whose first view
     is the source; the others guide. alone: the teacher's raw splats (1, 24, H, W), told nothing.
     -> s_hat (B, 24, H, W), and the function that makes Gaussians of such splats."""
-    K = cam.K[:, 0].expand(len(eps), -1)                                      # (B, 4 or 5)
     mean = denoiser.mean(alone)                                               # (1, 24, H, W)
-    to_gaussians = lambda s: denoiser.gaussians(s, mean, K)
+    to_gaussians = lambda s: denoiser.gaussians(s, mean, cam.K[:, 0])
     guide = guidance(to_gaussians, x, cam, background)
     x_src = x[:, 0].expand(len(eps), -1, -1, -1)                              # (B, 3, h, w)
     return denoiser.sample(x_src, mean, eps, steps, guide), to_gaussians
@@ -128,12 +127,11 @@ def results(denoiser, teacher, meta, a):
 
 
 # ---- cameras -------------------------------------------------------------------------------------
-# A network's splats live in its source camera's frame. All that leaves this file is in the upright
-# frame instead: the object's middle at the origin, level OpenCV axes (y down, z forward), which is
-# what viewers of .ply files expect. `look` is a dict of distance, elevation (degrees by which the
-# source camera looks down), focal / width of the picture, aspect: its width / height if its pixels
-# were square, background, and perhaps sway; and, for the page, near and differ: the side in degrees
-# from which its thumbnails are seen.
+# A network's splats live in its source camera's frame; all that leaves this file is in the upright
+# one: the object's middle at the origin, level OpenCV axes (y down, z forward), as viewers of .ply
+# files expect. `look` is a dict: distance; elevation, degrees by which the source camera looks
+# down; focal / width of the picture; aspect, its width / height if its pixels were square;
+# background; sway, of clips; for the page near, and differ, the side in degrees of its thumbnails.
 
 def estimate_elevation(g, distance):
     """Degrees from 0 to 60 for B samples g of one object in the source camera's frame (ours). What
@@ -258,10 +256,9 @@ def load_student(path, device):
 
 
 def predictor(teacher, student, views, cfg, given=None, n=1):
-    """-> predict(o): the Gaussians of test object o from its source view, by the student, or by the
-    teacher if that is None. The further views in given(views, o), which begins with the source,
-    tell the teacher or guide the student. The student draws n samples, from noise that depends on
-    cfg.seed, o and the sample's number."""
+    """-> predict(o): the Gaussians of test object o from its source view, by the teacher, or n
+    samples by the student if it is not None. given(views, o): the source and the views that tell
+    the teacher or guide the student. Its noise depends on cfg.seed, o and the sample's number."""
     def predict(o):
         index = given(views, o) if given else test_views(views, o)[:1]        # (V,)
         x, cam, background = scene(views, index, cfg)                         # (1, V, 3, H, W)
@@ -306,9 +303,8 @@ def evaluate(predict, views, cfg, n_views, objects, title="", lpips=None):
     pixels that the source view hides. Of clips all is scored as in Flash3D, without a border of
     5 %, and the three targets also one by one. Of procedural data also `cars.door_scores`."""
     clips = "window" in views.meta
-    h, w = views.meta["hw"]
-    y, z = [clips * math.ceil(0.05 * n) for n in (h, w)]                      # pixels of border
-    inner = ..., slice(y, h - y), slice(z, w - z)
+    border = [clips * math.ceil(0.05 * n) for n in views.meta["hw"]]          # pixels
+    inner = ..., *(slice(n, -n or None) for n in border)
     names = ("5", "10", "random") if clips else ()
     scores = []
     for o in tqdm(objects, title, leave=False, disable=not title):
@@ -365,7 +361,7 @@ def score_table(cfg, views, about):
                         "stage 2": None, "stage 2, guided by 1": opposite_views}.items():
         stem = name.replace(",", "").replace(" ", "_")
         weights = out / f"{stem[:7]}.pt"                    # teacher.pt, stage_1.pt or stage_2.pt
-        if name != "teacher" and not weights.exists() or given is told and not teacher.encoder:
+        if not weights.exists() or given is told and not teacher.encoder:
             continue
         student = None
         if "stage" in name:
