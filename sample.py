@@ -121,7 +121,7 @@ def results(denoiser, teacher, meta, a):
     for k in range(a.samples):
         yield f"sample_{k}.ply", ply_bytes(one(states[-1], k))
     if a.samples > 1:
-        print(f"the {a.samples} samples differ most from {look['differ']:.0f} degrees around the "
+        print(f"the {a.samples} samples differ most from {around[most]:.0f} degrees around the "
               f"object: standard deviation {spread[most]:.4f} of 1 there, {spread[0]:.4f} at the "
               "picture's own side")
 
@@ -160,8 +160,7 @@ def upright(g, look, width):
     """From the source camera's frame to the upright one. In training the renderer widens each
     splat by LOW_PASS px^2; from nearer, or in more pixels, gaps would open between them. So they
     get that width here, in world units."""
-    # the depth of each splat of a scene, (B, N, 1); one for all of an object
-    depth = g.xyz[..., 2:] if "sway" in look else look["distance"]
+    depth = g.xyz[..., 2:] if "sway" in look else look["distance"]     # (B, N, 1) of a scene
     pixel = depth / (look["focal"] * width)                                   # as depth
     g = g._replace(scale=(g.scale ** 2 + LOW_PASS * pixel ** 2).sqrt())       # (B, N, 3)
     pose = invert_pose(orbit(0, look))[0].to(g.xyz.device)                    # (1, 4, 4)
@@ -431,11 +430,10 @@ def one(g, k):
 def ply_bytes(g):
     """Gaussians of one object (B = 1) -> a binary .ply as 3D Gaussian Splatting writes it: logit
     opacity, log scale, w x y z; f_rest holds 15 coefficients of red, then green, then blue."""
-    N = g.xyz.shape[1]
     rest = F.pad(g.sh[0, :, 1:].mT, (0, 12)).flatten(1)                       # we have degree 1
     columns = torch.cat([g.xyz[0], torch.zeros_like(g.xyz[0]), g.sh[0, :, 0], rest,
                          g.opacity[0, :, None].logit(2 ** -23), g.scale[0].log(), g.quat[0]], 1)
-    header = "\n".join(["ply", "format binary_little_endian 1.0", f"element vertex {N}",
+    header = "\n".join(["ply", "format binary_little_endian 1.0", f"element vertex {len(columns)}",
                         *(f"property float {name}" for name in PLY), "end_header\n"])
     return header.encode() + columns.cpu().numpy().astype("<f4").tobytes()
 
@@ -573,12 +571,12 @@ def read_views(cfg, meta, a):
             fail(f"{a.image}: --views: give numbers from 0 to {len(c2w) - 1}")
     else:
         files = [a.image, *a.view]
-        pixels = np.stack([prepare(file, cfg, meta, len(files) > 1) for file in files])
+        pixels = [prepare(file, cfg, meta, bool(a.view)) for file in files]       # (H, W, 3) each
         poses = [data.rigid(data.numbers(file), file) for file in a.pose]
         c2w = np.stack([np.eye(4), *poses])                                   # (V, 4, 4)
         K = np.tile(meta["K"], (len(c2w), 1))                                 # (V, 4 or 5)
         index = range(len(c2w))
-    images = torch.from_numpy(pixels).movedim(-1, 1)                          # (V, 3, H, W)
+    images = torch.from_numpy(np.stack(pixels)).movedim(-1, 1)                # (V, 3, H, W)
     views = data.Views(images, torch.from_numpy(c2w), torch.from_numpy(K).float(), None, None, meta)
     return scene(views, torch.tensor(index), a)
 
@@ -612,6 +610,9 @@ def main():
     a = arguments().parse_args()
     out = a.out or Path("out", a.image.absolute().stem)
     inputs = [a.image, *a.view, *a.pose]
+    for file in inputs:
+        if not (file.is_file() or file.is_dir()):
+            fail(f"{file}: no such file, or a pipe, which would hang")
     for wrong, message in [
             (not 1 <= a.samples <= 85, "--samples: give 1 to 85"),            # a .webp is full then
             (a.steps and a.steps < 1, "--steps: give 1 or more"),
@@ -622,9 +623,6 @@ def main():
              "--view goes with a picture, --views with the folder of an object")]:
         if wrong:
             fail(message)
-    for file in inputs:
-        if not (file.is_file() or file.is_dir()):
-            fail(f"{file}: no such file, or a pipe, which would hang")
     a.device = pick_device(a.device)
     denoiser, teacher, meta = load_student(a.weights, a.device)
     denoiser.to(memory_format=torch.channels_last)                            # faster on a CPU

@@ -2138,7 +2138,8 @@ def test_bad_input_of_sample_is_one_clear_line(tiny, cars, tmp_path, monkeypatch
         ([picture, *view, tmp_path / "mirror.txt"], "mirror.txt"),
         ([picture, "--view", picture], "--pose"), ([folder, *view, good], "--view"),
         ([picture, "--views=64,1"], "--views"), ([folder, "--views=64,251"], "0 to 250"),
-        ([folder, "--views=a"], "--views"), ([odd], "odd")]
+        ([folder, "--views=a"], "--views"), ([odd], "odd"),
+        ([odd / "typo", "--views=1"], "no such")]
     for args, word in cases:
         line, = make(monkeypatch, tiny, *args, f"--out={tmp_path}/out")
         assert line.startswith("error: ") and word in line, (args, line)
