@@ -126,24 +126,22 @@ def gather(views, index):
 
 # ==== The lesson ends here. Below: from a dataset's name to Views. ================================
 
-def prepare(dataset, root="data", size=128, n_train=200, n_test=24, seed=0, quiet=False,
-            splits=SPLITS):
+def prepare(dataset, root="data", size=128, n_train=200, n_test=24, seed=0, splits=SPLITS):
     """-> {split: Views} of the splits that are there. dataset: a name in DATASETS, or the path of a
     folder. If there are no TOYS of that name, n_train + n_test are made from the seed."""
     folders = find(root, dataset)
     limits = {}
     if dataset in TOYS and all(map(is_procedural, folders.values())):
         limits = dict(train=n_train, test=n_test)
-        TOYS[dataset].generate(Path(root, dataset), limits, seed, partial(parallel, quiet=quiet))
+        TOYS[dataset].generate(Path(root, dataset), limits, seed, parallel)
         folders = find(root, dataset)
-    if not quiet:
-        said = f" (procedural, seed {seed}, not real data)" if limits else ""
-        print(f"data: {Path(dataset).name} in {min(folders.values()).parent}{said}", flush=True)
-    return {split: load(root, dataset, split, size, limits.get(split), quiet) for split in folders
+    said = f" (procedural, seed {seed}, not real data)" if limits else ""
+    print(f"data: {Path(dataset).name} in {min(folders.values()).parent}{said}", flush=True)
+    return {split: load(root, dataset, split, size, limits.get(split)) for split in folders
             if split in splits}
 
 
-def load(root, dataset, split, size, limit=None, quiet=False):
+def load(root, dataset, split, size, limit=None):
     """One split's Views, its first `limit` objects; packs them first if they are new. The packs in
     <root>/.cache may be deleted at any time."""
     folders = find(root, dataset)
@@ -157,7 +155,7 @@ def load(root, dataset, split, size, limit=None, quiet=False):
     stamp = hashlib.sha256(stamp.encode()).hexdigest()[:12]
     stem = Path(root, ".cache", f"{Path(dataset).name}_{split}_{size}_{stamp}")
     if not read_pack(stem, hw):
-        pack(stem, [(item, split, size, about) for item in objects], f"packing {folder}", quiet)
+        pack(stem, [(item, split, size, about) for item in objects], f"packing {folder}")
     *arrays, names, checks = read_pack(stem, hw)
     return Views(*map(torch.from_numpy, arrays), names.tolist(), dict(
         dataset=dataset, split=split, size=size, hw=hw, **about, root=str(folder.parent),
@@ -460,14 +458,14 @@ def list_objects(folder, split, shared):
     return found
 
 
-def pack(stem, jobs, title, quiet):
+def pack(stem, jobs, title):
     """Write <stem>.u8, the pictures, and <stem>.npz, all else; named so when they are whole."""
     rows = []
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=stem.parent) as own:
             with open(f"{own}/new.u8", "wb") as file:
-                for pictures, *row in parallel(read_packed, jobs, title, quiet):
+                for pictures, *row in parallel(read_packed, jobs, title):
                     file.write(pictures)
                     rows.append(row)
                 file.flush()
@@ -513,7 +511,7 @@ def files_of(path):
     return path, info.st_size, info.st_mtime_ns
 
 
-def parallel(function, jobs, title, quiet=False):
+def parallel(function, jobs, title):
     """Yield function(job) of each job in order, computed on all cores. Errors are raised here."""
     linux = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count()
@@ -523,7 +521,7 @@ def parallel(function, jobs, title, quiet=False):
     pool = ProcessPoolExecutor(min(cores, 32), context, *deaf)
     run = map if len(jobs) < 8 else pool.map                   # fewer are not worth the processes
     try:
-        yield from tqdm(run(function, jobs), title, len(jobs), disable=quiet, leave=False)
+        yield from tqdm(run(function, jobs), title, len(jobs), leave=False)
     except OSError as e:
         fail(f"{title}: {e}")
     finally:

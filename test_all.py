@@ -479,7 +479,7 @@ def test_a_captured_call_replays_with_new_numbers_and_nothing_waits_for_the_devi
 def cars(tmp_path_factory):
     """A root with procedural cars: two to train on, one to test; copy it before changing it."""
     root = tmp_path_factory.mktemp("cars")
-    data.prepare("cars", root, 32, n_train=2, n_test=1, quiet=True)
+    data.prepare("cars", root, 32, n_train=2, n_test=1)
     return root
 
 
@@ -505,14 +505,14 @@ def refused(call, *args, **more):
 
 def test_cars_are_written_and_read_back(cars):
     """Against what was written: counts, white corners, intrinsics; a larger pack is its mean."""
-    splits = data.prepare("cars", cars, 32, n_train=2, n_test=1, quiet=True)
+    splits = data.prepare("cars", cars, 32, n_train=2, n_test=1)
     train, test = splits["train"], splits["test"]
     assert len(train) == 2 and train.start.tolist() == [0, 50, 100] and len(test.images) == 251
     assert train.images.dtype == torch.uint8 and train.images.shape == (100, 3, 32, 32)
     assert (train.images[:, :, 0, 0] == 255).all() and train.images.float().std() > 20
     torch.testing.assert_close(train.K, torch.tensor([[131.25, 131.25, 64, 64]]).expand(100, 4) / 4)
     assert train.meta["procedural"] and train.meta["fingerprint"] != test.meta["fingerprint"]
-    big = data.load(cars, "cars", "train", 128, quiet=True)
+    big = data.load(cars, "cars", "train", 128)
     mean = F.avg_pool2d(big.images[:9].float(), 4)                            # (9, 3, 32, 32)
     assert (mean - train.images[:9].float()).abs().max() <= 1
 
@@ -630,7 +630,7 @@ def test_a_known_point_lands_on_its_pixel_in_every_layout(write, dataset, folder
     """Against the pinhole formula, at half of the size; your own pictures in whatever units."""
     own = dataset == "own"
     write(tmp_path / folder, MOVED if own else ROUND, LENS, BOX)
-    views = data.load(tmp_path, str(tmp_path / "own") if own else dataset, "train", 64, quiet=True)
+    views = data.load(tmp_path, str(tmp_path / "own") if own else dataset, "train", 64)
     eye = views.c2w[:, :3, 3].double()                              # (5, 3)
     scale = eye[0].norm() / 1.3                                     # of one's own: as it may be
     np.testing.assert_allclose(eye, ROUND[:, :3, 3] * scale.item(), atol=1e-5)
@@ -697,7 +697,7 @@ def test_pictures_of_ones_own_are_split_by_object_or_by_file(tmp_path):
     own, one = tmp_path / "own", tmp_path / "one"
     for i in range(12):
         write_nerf(own / f"{i:02d}", LOOKS, WIDE, GREY)
-    splits = data.prepare(str(own), tmp_path, 16, quiet=True)
+    splits = data.prepare(str(own), tmp_path, 16)
     assert splits["train"].names == [f"{i:02d}" for i in (*range(9), 10, 11)]
     assert splits["test"].names == ["09"] and splits["train"].K.shape[1] == 5     # by workers, too
     (own / "05/r_3.png").write_bytes(b"no")                         # found by a worker
@@ -705,7 +705,7 @@ def test_pictures_of_ones_own_are_split_by_object_or_by_file(tmp_path):
     write_nerf(one, LOOKS, WIDE, GREY, "transforms_train.json")
     write_nerf(one, LOOKS[:3], WIDE, GREY, "transforms_test.json")
     (one / "train").mkdir()                                         # Blender's pictures lie there
-    splits = data.prepare(str(one), tmp_path, 16, quiet=True)
+    splits = data.prepare(str(one), tmp_path, 16)
     assert [len(splits[split].images) for split in ("train", "test")] == [5, 3]
 
 
@@ -715,14 +715,14 @@ def test_what_else_lies_in_folders_is_left_out(tmp_path):
     write_co3d(split / "good", LOOKS, WIDE, GREY)
     write_co3d(split / "bad", LOOKS * np.nan, WIDE, GREY)
     (split / "empty").mkdir()
-    views = data.load(tmp_path, "hydrants", "train", 16, quiet=True)
+    views = data.load(tmp_path, "hydrants", "train", 16)
     assert views.names == ["good"]
     assert set(views.images.flatten().tolist()) == {39}                   # 100 * 100 / 255
     write_srn(own / "x", LOOKS, WIDE, GREY)
     for name in "rgb/._000000.png", "pose/._000000.txt", ".DS_Store":
         (own / "x" / name).write_bytes(b"no")
     (own / "x/rgb/000009.png").symlink_to("nowhere")
-    assert len(data.load(tmp_path, str(own), "train", 16, quiet=True).images) == 5
+    assert len(data.load(tmp_path, str(own), "train", 16).images) == 5
 
 
 @pytest.mark.parametrize("toy, hides", [(toys.cars, "doors"), (rooms, "panels")])
@@ -733,7 +733,7 @@ def test_what_is_hidden_is_drawn_independently_and_painted_both_ways(toy, hides,
     pairs = [tuple(getattr(c, hides).values()) for c in designs]
     assert all(70 < pairs.count((l, r)) < 130 for l in toys.cars.DOORS for r in toys.cars.DOORS)
     where = (clips.parent, "rooms") if toy is rooms else (cars, "cars")
-    views = data.load(*where, "test", 64, quiet=True)
+    views = data.load(*where, "test", 64)
     v, *pair = toy.hidden_pair(views, 0, data.resize)
     note, = Path(views.meta["root"]).glob("*test/test_00000/attributes.json")
     amber = json.loads(note.read_text())[hides]["right"] == "amber"
@@ -750,14 +750,14 @@ def test_one_seed_gives_the_same_bytes_and_more_cars_only_add(cars, tmp_path):
     """Against a repeat, with one object missing; real cars come before procedural ones."""
     again = copy_of(cars, tmp_path)
     shutil.rmtree(again / "cars/cars_train/train_00001")
-    splits = data.prepare("cars", again, 32, n_train=3, n_test=1, quiet=True)
+    splits = data.prepare("cars", again, 32, n_train=3, n_test=1)
     for file in sorted((cars / "cars/cars_train").rglob("*.*")):
         assert file.read_bytes() == (again / file.relative_to(cars)).read_bytes()
     assert len(splits["train"]) == 3 and not list((again / "cars/cars_train").glob(".*"))
-    fewer = data.prepare("cars", again, 32, n_train=2, n_test=1, quiet=True)["train"]
+    fewer = data.prepare("cars", again, 32, n_train=2, n_test=1)["train"]
     assert fewer.meta["fingerprint"] == data.load(cars, "cars", "train", 32).meta["fingerprint"]
     write_srn(again / "srn_cars/cars_train/real", LOOKS, LENS, BOX)
-    real = data.prepare("cars", again, 32, quiet=True)
+    real = data.prepare("cars", again, 32)
     assert list(real) == ["train"] and real["train"].names == ["real"]
     assert not real["train"].meta["procedural"]
 
@@ -766,7 +766,7 @@ def test_the_packed_file_is_rebuilt_when_a_file_changes_and_never_used_half_writ
         cars, tmp_path):
     """Against a changed picture, and a packed file that lost its end."""
     root = copy_of(cars, tmp_path)
-    load = lambda: data.load(root, "cars", "train", 32, quiet=True)
+    load = lambda: data.load(root, "cars", "train", 32)
     views, cache = load(), sorted((root / ".cache").iterdir())
     assert len(cache) == 2                                          # nothing temporary is left
     assert torch.equal(load().images, views.images) and sorted((root / ".cache").iterdir()) == cache
@@ -895,7 +895,7 @@ def test_transforms_are_read_as_documented_and_what_is_no_pinhole_is_refused(mor
     if isinstance(want, str):
         assert want in refused(data.load, tmp_path, own, "train", 64)
     else:
-        views = data.load(tmp_path, own, "train", 64, quiet=True)
+        views = data.load(tmp_path, own, "train", 64)
         np.testing.assert_allclose(views.K[:, :4], np.tile(want, (5, 1)), rtol=1e-5)
 
 
@@ -908,7 +908,7 @@ def test_masks_and_transparency_become_background(tmp_path):
     mask[:, 32:] = 1                                                # white, of bits
     for how in mask, mask * 255, mask > 0:
         Image.fromarray(how).save(own / "masks/4.png")
-        images = data.load(tmp_path, str(own), "train", 64, quiet=True).images
+        images = data.load(tmp_path, str(own), "train", 64).images
         assert (images[4, :, :, :32] == 255).all()
         for pane in images[:4], images[4:, :, :, 32:]:
             assert (pane == torch.tensor([217, 217, 222])[:, None, None]).all()
@@ -950,9 +950,9 @@ def test_a_full_disk_and_a_killed_packer_leave_nothing_that_two_runs_at_once_use
     killed.kill()
     assert killed.wait() and not list(root.glob(".cache/*.u8"))
     assert not any([both.wait() for both in [run(root), run(root), run(new), run(new)]])
-    one = data.load(cars, "cars", "train", 128, quiet=True)
+    one = data.load(cars, "cars", "train", 128)
     for place in root, new:
-        views = data.load(place, "cars", "train", 128, quiet=True)
+        views = data.load(place, "cars", "train", 128)
         assert torch.equal(views.images, one.images)
         assert views.meta["fingerprint"] == one.meta["fingerprint"]
 
@@ -1316,7 +1316,7 @@ def test_half_of_a_batch_is_told_and_the_views_that_tell_are_not_judged(wild):
 
 def test_stage_2_starts_above_t_star_and_where_the_code_is_known(cars):
     """Against the levels of 200 draws; stages 0 and 1 take all of them."""
-    views = data.load(cars, "cars", "train", 16, quiet=True)
+    views = data.load(cars, "cars", "train", 16)
     cfg = train.Config(size=16, batch=(4, 200, 200), t_star=20, t_known=80, device="cpu")
     levels = [train.draw_batch(views, cfg, stage, 0)[3] for stage in (1, 2)]
     assert levels[0].min() < 5 and levels[0].max() > 94
@@ -1490,7 +1490,7 @@ def test_what_a_nearer_plane_covers_or_the_frame_leaves_out_is_hidden():
 
 def test_scores_of_samples_are_what_they_are_called(cars):
     """Against two known samples, by hand; black pictures (CO3D without a mask) do not count."""
-    views, white = data.load(cars, "cars", "test", 16, quiet=True), torch.ones(3)
+    views, white = data.load(cars, "cars", "test", 16), torch.ones(3)
     views = data.replace(views, images=views.images.clone())
     cfg = train.Config(size=16, device="cpu")
     torch.manual_seed(0)
@@ -1526,7 +1526,7 @@ def test_scores_of_samples_are_what_they_are_called(cars):
 
 def test_codes_of_others_are_what_the_others_say(cars):
     """Against the code of the only other object, by hand; the told teacher has its own."""
-    views, white = data.load(cars, "cars", "train", 16, quiet=True), torch.ones(3)
+    views, white = data.load(cars, "cars", "train", 16), torch.ones(3)
     cfg = train.Config(size=16, code=4, told=3, device="cpu", samples=1)
     teacher = Teacher(TOLD)
     shake(teacher)
@@ -1545,7 +1545,7 @@ def test_codes_of_others_are_what_the_others_say(cars):
 def test_controls_and_guided_samples_come_nearer_to_the_view_that_they_are_given(cars):
     """Against the teacher and the samples without it."""
     torch.manual_seed(0)
-    views = data.load(cars, "cars", "test", 16, quiet=True)
+    views = data.load(cars, "cars", "test", 16)
     teacher, student = Teacher(TINY), Denoiser(TINY)
     cfg = train.Config(size=16, device="cpu", steps=5)
     index = sample.opposite_views(views, 0)
@@ -1567,7 +1567,7 @@ def test_controls_and_guided_samples_come_nearer_to_the_view_that_they_are_given
 def test_samples_drawn_together_are_those_drawn_one_by_one(shape, cars):
     """Against `Denoiser.sample`, one at a time, from the noise of that object and sample."""
     torch.manual_seed(0)
-    views = data.load(cars, "cars", "train", 16, quiet=True)
+    views = data.load(cars, "cars", "train", 16)
     teacher, denoiser = Teacher(shape), Denoiser(shape)
     cfg = train.Config(size=16, steps=3, device="cpu")
     g = sample.predictor(teacher, denoiser, views, cfg, n=2)(1)
@@ -1881,7 +1881,7 @@ def make(monkeypatch, tiny, *args):
 def test_the_weights_that_come_with_the_code_draw_what_they_did(cars):
     """Against the PSNR of held-out car 0 when they were committed: view 64 in, ten views out; of
     8 samples one shows an amber hidden door and another a blue one, no mud."""
-    views = data.load(cars, "cars", "test", 128, quiet=True)
+    views = data.load(cars, "cars", "test", 128)
     cfg = train.Config(size=128, device="cpu", steps=10)
     teacher, _ = load_network(HERE / "weights/teacher.pt", Teacher)
     for name, kind, psnr in ("cars", Denoiser, 28.72), ("teacher", Teacher, 29.14):
