@@ -149,9 +149,8 @@ def load(root, dataset, split, size, limit=None):
     objects = list_objects(folder, split, shared=[*folders.values()].count(folder) > 1)[:limit]
     about = DATASETS.get(dataset, OWN)
     hw = size, round(size * about.get("aspect", 1))
-    cameras = filter(Path.exists, map(clip_file, objects))
-    read = *objects, *sorted(folder.glob("camera_?s.npz")), *cameras
-    stamp = repr((VERSION, [files_of(os.path.realpath(path)) for path in read]))
+    read = *objects, *sorted(folder.glob("camera_?s.npz")), *map(clip_file, objects)
+    stamp = repr((VERSION, about, [files_of(os.path.realpath(path)) for path in read]))
     stamp = hashlib.sha256(stamp.encode()).hexdigest()[:12]
     stem = Path(root, ".cache", f"{Path(dataset).name}_{split}_{size}_{stamp}")
     if not read_pack(stem, hw):
@@ -505,10 +504,10 @@ def read_packed(job):
 def files_of(path):
     """Names, sizes and times of all files below a path."""
     if os.path.isdir(path):
-        names = sorted(os.listdir(path))
-        return [files_of(os.path.join(path, name)) for name in names if name[0] != "."]
-    info = os.stat(path, follow_symlinks=os.path.exists(path))     # a link may lead nowhere
-    return path, info.st_size, info.st_mtime_ns
+        return [files_of(f"{path}/{name}") for name in sorted(os.listdir(path)) if name[0] != "."]
+    if os.path.exists(path):                                   # a link may lead nowhere
+        info = os.stat(path)
+        return path, info.st_size, info.st_mtime_ns
 
 
 def parallel(function, jobs, title):

@@ -675,6 +675,8 @@ def test_a_known_point_lands_on_its_pixel_in_the_stretched_frames_of_clips(tmp_p
     (folder / "a.txt").write_text((folder / "a.txt").read_text() + "\n")         # a blank line
     assert load().meta["fingerprint"] == views.meta["fingerprint"]
     assert len([*tmp_path.glob(".cache/*")]) == 4                   # the cameras count, too
+    own = data.load(tmp_path, str(tmp_path / "re10k"), "test", 48)  # of one's own: another pack
+    assert own.images.shape[2:] == (48, 48) and own.K.shape[1] == 5
     write_clip(folder / "c", ROUND[[0, 0]], lens, [*map(stretch, crop[:2])])
     torch.testing.assert_close(load().c2w[8:], torch.from_numpy(ROUND[[0, 0]]).float())   # still
     folder.with_suffix(".txt").write_text("b 1 0 2\n")
