@@ -154,9 +154,10 @@ def load(root, dataset, split, size, limit=None):
     stamp = hashlib.sha256(stamp.encode()).hexdigest()[:12]
     stem = Path(root, ".cache", f"{Path(dataset).name}_{split}_{size}_{stamp}")
     if not read_pack(stem, hw):
-        pack(stem, [(item, split, size, about) for item in objects], f"packing {folder}")
-    *arrays, names, checks = read_pack(stem, hw)
-    return Views(*map(torch.from_numpy, arrays), names.tolist(), dict(
+        read = partial(read_packed, split=split, size=size, about=about)
+        pack(stem, read, objects, f"packing {folder}")
+    *arrays, checks = read_pack(stem, hw)
+    return Views(*map(torch.from_numpy, arrays), [item.name for item in objects], dict(
         dataset=dataset, split=split, size=size, hw=hw, **about, root=str(folder.parent),
         procedural=dataset in DATASETS and is_procedural(folder),
         fingerprint=hashlib.sha256(checks.tobytes()).hexdigest()[:12],
@@ -457,32 +458,30 @@ def list_objects(folder, split, shared):
     return found
 
 
-def pack(stem, jobs, title):
+def pack(stem, read, objects, title):
     """Write <stem>.u8, the pictures, and <stem>.npz, all else; named so when they are whole."""
     rows = []
-    try:
+    with reading(f"{stem}.u8", "written: free some space, or give another --root"):
         stem.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=stem.parent) as own:
             with open(f"{own}/new.u8", "wb") as file:
-                for pictures, *row in parallel(read_packed, jobs, title):
+                for pictures, *row in parallel(read, objects, title):
                     file.write(pictures)
                     rows.append(row)
                 file.flush()
                 os.fsync(file.fileno())         # before the .npz beside it says that it is whole
-            c2w, K, names, checks = zip(*rows)
+            c2w, K, checks = zip(*rows)
             np.savez(f"{own}/new.npz", c2w=np.concatenate(c2w), K=np.concatenate(K),
-                     start=np.cumsum([0, *map(len, c2w)]), names=names, checks=checks)    # (O+1,)
+                     start=np.cumsum([0, *map(len, c2w)]), checks=checks)    # (O+1,)
             for kind in "u8", "npz":
                 os.replace(f"{own}/new.{kind}", f"{stem}.{kind}")
-    except OSError as e:
-        fail(f"cannot write {stem}.u8: {e.strerror}; free some space or give another --root")
 
 
 def read_pack(stem, hw):
-    """What `pack` wrote, or None if it is not there or not whole."""
+    """-> images, c2w, K, start and checksums that `pack` wrote; None if not all is there."""
     try:
         with np.load(f"{stem}.npz") as file:
-            arrays = [file[name] for name in ("c2w", "K", "start", "names", "checks")]
+            arrays = [file[name] for name in ("c2w", "K", "start", "checks")]
         # "c", copy on write: torch wants writable memory, and the file must never change
         shape = len(arrays[0]), 3, *hw
         return np.memmap(f"{stem}.u8", np.uint8, "c", shape=shape), *arrays
@@ -490,15 +489,14 @@ def read_pack(stem, hw):
         return None
 
 
-def read_packed(job):
-    """-> an object's pictures as bytes, c2w, K, its name and a checksum."""
-    folder, _, size, about = job
-    pixels, c2w, K = read_object(*job)                                       # (V, H, W, 3)
+def read_packed(folder, split, size, about):
+    """-> an object's pictures as bytes, c2w, K and a checksum."""
+    pixels, c2w, K = read_object(folder, split, size, about)                 # (V, H, W, 3)
     pictures = pixels.transpose(0, 3, 1, 2).tobytes()                        # V x 3 x H x W
     check = zlib.crc32(pictures, zlib.crc32(c2w.tobytes()))
     if about == OWN and K.shape[1] == 4:          # a copy, in a worker process
         c2w, K = centred(c2w, K, folder, size)
-    return pictures, np.float32(c2w), np.float32(K), folder.name, check
+    return pictures, np.float32(c2w), np.float32(K), check
 
 
 def files_of(path):
@@ -511,20 +509,15 @@ def files_of(path):
 
 
 def parallel(function, jobs, title):
-    """Yield function(job) of each job in order, computed on all cores. Errors are raised here."""
+    """Yield function(job) of each job in order, computed on all cores. An error ends them all."""
     linux = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count()
     context = multiprocessing.get_context("forkserver" if linux else "spawn")
     context.set_forkserver_preload(["torch"])                  # imported once, not by each process
     deaf = signal.signal, (signal.SIGINT, signal.SIG_IGN)      # to Ctrl-C, which ends the parent
-    pool = ProcessPoolExecutor(min(cores, 32), context, *deaf)
-    run = map if len(jobs) < 8 else pool.map                   # fewer are not worth the processes
-    try:
+    with reading(title, "done"), ProcessPoolExecutor(min(cores, 32), context, *deaf) as pool:
+        run = map if len(jobs) < 8 else pool.map               # fewer are not worth the processes
         yield from tqdm(run(function, jobs), title, len(jobs), leave=False)
-    except OSError as e:
-        fail(f"{title}: {e}")
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def main():

@@ -940,11 +940,11 @@ def test_a_full_disk_and_a_killed_packer_leave_nothing_that_two_runs_at_once_use
     command = lambda place: [sys.executable, str(HERE / "data.py"), "cars", f"--root={place}",
                              "--size=128", "--n_train=2", "--n_test=1"]       # as a user calls it
     run = lambda place: subprocess.Popen(command(place), stdout=subprocess.DEVNULL)
-    for most, place, said in (1000, root, "cannot write"), (2, new, "making cars"):
+    for most, place, said in (1000, root, "free some space"), (2, new, "making cars"):
         full = with_files_of_at_most(most, command(place))
         assert full.returncode == 1 and "Traceback" not in full.stderr
         last = full.stderr.strip().splitlines()[-1]
-        assert last.startswith(f"error: {said}") and str(place) in last
+        assert last.startswith("error: ") and said in last and str(place) in last
         assert not list(place.glob(".cache/*"))
     killed = run(root)
     while not any(f.stat().st_size for f in root.glob(".cache/*/*")) and killed.poll() is None:
