@@ -384,7 +384,7 @@ def read_rgba(path):
     # by its open file: Pillow maps a named TIFF into memory, and then turns it wrongly
     with reading(path, "a readable image"), open(path, "rb") as file, Image.open(file) as image:
         raw = image.tile[0][3] if image.format == "PNG" else None
-        scale = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 257}.get(raw)
+        scale = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}.get(raw)
         image = ImageOps.exif_transpose(image)
         key = image.info.get("transparency")                                 # in the file's units
         if image.mode[0] in "IF":                              # more than 8 bits: Pillow would clip
@@ -395,7 +395,7 @@ def read_rgba(path):
             both = np.stack([255 / high * grey + .5, 255 * (grey != key)], 2)     # (h, w, 2)
             image = Image.fromarray(both.astype(np.uint8))
         elif scale and key is not None:
-            key = tuple(round(k * scale) for k in np.atleast_1d(key))
+            key = tuple(int(k * scale) for k in np.atleast_1d(key))     # 16 bits: the upper 8
             image.info["transparency"] = key if len(key) > 1 else key[0]
         return image.convert("RGBA")
 

@@ -810,7 +810,7 @@ def png(path, depth, colour, row, key):
 
 @pytest.mark.parametrize("depth, colour, row, key, grey", [
     (2, 0, b"\x60", b"\0\x02", 85), (4, 0, b"\x35", b"\0\x05", 51),
-    (16, 2, b"\x33\x33" * 3 + b"\x55\x20" * 3, b"\x55\x20" * 3, 51)])
+    (16, 2, b"\x33\x33" * 3 + b"\x55\xf0" * 3, b"\x55\xf0" * 3, 51)])
 def test_the_transparent_value_of_a_png_has_its_depth(depth, colour, row, key, grey, tmp_path):
     """Against two pixels: the first is grey, the second has the transparent value."""
     png(tmp_path / "x.png", depth, colour, row, key)
