@@ -50,9 +50,8 @@ ON_WHITE = (1., 1., 1.)
 SMALL = math.log(.02)
 CO3D = dict(near=-2.0, far=2.0, background=(0., 0., 0.), source=0, iters=900_001,
             start=dict(opacity=(1, -2), scale=(.003, SMALL), offset=(.1, 0)))
-# The unit is the root mean square distance of a clip's cameras from their mean. Corners matched and
-# triangulated in five real clips (parallax > 1 degree): 98 % have depths from 1.6 to 20, the clips'
-# medians are 3 to 10. Such corners miss what is nearest and farthest, hence more room.
+# In the unit of `read_clip`, 98 % of corners triangulated in five real clips have depths from 1.6
+# to 20. Such corners miss what is nearest and farthest, hence more room.
 SCENE = dict(near=0.5, far=50.0, background=(.5, .5, .5), iters=500_001,
              start=dict(opacity=(1, 0), scale=(.1, SMALL), offset=(.2, 0)),
              aspect=1.5, window=30, log_depth=True, pad=1 / 8)
@@ -87,7 +86,7 @@ class Views:
     K: torch.Tensor        # (M, 4) fx fy cx cy in pixels; (M, 5): and the depth of the object
     start: torch.Tensor    # (O+1,) int64, stays on the CPU: object o owns views start[o]:start[o+1]
     names: list            # O names of objects
-    meta: dict   # a row of DATASETS; dataset split size hw procedural fingerprint root listed
+    meta: dict   # a row of DATASETS; dataset split hw procedural fingerprint root listed
 
     def __len__(self):
         return len(self.names)
@@ -131,7 +130,7 @@ def prepare(dataset, root="data", size=128, n_train=200, n_test=24, seed=0, spli
     folder. If there are no TOYS of that name, n_train + n_test are made from the seed."""
     folders = find(root, dataset)
     limits = {}
-    if dataset in TOYS and all(map(is_procedural, folders.values())):
+    if dataset in TOYS and all((x.parent / "procedural.json").exists() for x in folders.values()):
         limits = dict(train=n_train, test=n_test)
         TOYS[dataset].generate(Path(root, dataset), limits, seed, parallel)
         folders = find(root, dataset)
@@ -149,8 +148,8 @@ def load(root, dataset, split, size, limit=None):
     objects = list_objects(folder, split, shared=[*folders.values()].count(folder) > 1)[:limit]
     about = DATASETS.get(dataset, OWN)
     hw = size, round(size * about.get("aspect", 1))
-    read = *objects, *sorted(folder.glob("camera_?s.npz")), *map(clip_file, objects)
-    stamp = repr((VERSION, about, [files_of(os.path.realpath(path)) for path in read]))
+    used = *objects, *sorted(folder.glob("camera_?s.npz")), *map(clip_file, objects)
+    stamp = repr((VERSION, about, [files_of(os.path.realpath(path)) for path in used]))
     stamp = hashlib.sha256(stamp.encode()).hexdigest()[:12]
     stem = Path(root, ".cache", f"{Path(dataset).name}_{split}_{size}_{stamp}")
     if not read_pack(stem, hw):
@@ -158,8 +157,8 @@ def load(root, dataset, split, size, limit=None):
         pack(stem, read, objects, f"packing {folder}")
     *arrays, checks = read_pack(stem, hw)
     return Views(*map(torch.from_numpy, arrays), [item.name for item in objects], dict(
-        dataset=dataset, split=split, size=size, hw=hw, **about, root=str(folder.parent),
-        procedural=dataset in DATASETS and is_procedural(folder),
+        dataset=dataset, split=split, hw=hw, **about, root=str(folder.parent),
+        procedural=dataset in TOYS and (folder.parent / "procedural.json").exists(),
         fingerprint=hashlib.sha256(checks.tobytes()).hexdigest()[:12],
         listed=read_list(clip_file(folder)) if "window" in about else {}))
 
@@ -220,8 +219,7 @@ def read_srn(path, background):
 
 def read_nerf(path, background):
     """transforms.json as NeRF, Blender and nerfstudio write it. Pictures are padded to squares."""
-    with reading(path, "NeRF's transforms: frames, file_path, transform_matrix, "
-                       "fl_x or camera_angle_x"):
+    with reading(path, "NeRF's transforms: file_path, transform_matrix, fl_x or camera_angle_x"):
         common = json.loads(path.read_text())
         for frame in common["frames"]:
             yield nerf_frame(path, {**common, **frame}, background)
@@ -286,7 +284,9 @@ def read_co3d(path, background):
         R, T = (np.load(folder.parent / f"camera_{x}.npz")[folder.name] for x in ("Rs", "Ts"))
         R = R.reshape(-1, 3, 3)                                              # (V, 3, 3)
         T = T.reshape(-1, 3, 1)                                              # (V, 3, 1)
-        focal = np.load(path).reshape(len(R), -1)                            # (V, 1 or 2)
+        K = np.full((len(R), 5), .5)                                         # (V, 5)
+        K[:, :2] = np.load(path).reshape(len(R), -1) / 2                     # (V, 1 or 2)
+        K[:, 4] = T[:, 2, 0]
     file = folder / "images_fg.npy"
     with reading(file, f"an array ({len(R)}, 3, S, S) from 0 to 1"):
         pictures = np.load(file)                                             # (V, 3, S, S)
@@ -295,9 +295,6 @@ def read_co3d(path, background):
             raise ValueError(f"{shape}, from {low:g} to {high:g}")
     c2w = np.tile(np.eye(4), (len(R), 1, 1))                                 # (V, 4, 4)
     c2w[:, :3] = np.concatenate([R * [-1, -1, 1], -R @ T], 2)                # to OpenCV's axes
-    K = np.full((len(R), 5), .5)                                             # (V, 5)
-    K[:, :2] = focal / 2
-    K[:, 4] = T[:, 2, 0]
     pinhole(K[:, :4], path)
     for m, k, x in zip(c2w, K, pictures):
         m = rigid(m, f"{folder.parent}/camera_Rs.npz: {folder.name}")
@@ -329,12 +326,10 @@ def read_clip(path, background):
 def read_list(path):
     """Flash3D's test list, rows `clip source 5 10 random` of frame numbers, if it is there ->
     {clip: the four numbers in its first row}."""
-    rows = {}
     with reading(path, "Flash3D's list: clip, source, three targets"):
-        for line in path.read_text().splitlines() if path.exists() else ():
-            name, source, five, ten, random = line.split()
-            rows.setdefault(name, (int(source), int(five), int(ten), int(random)))
-    return rows
+        rows = [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+        return {clip: (int(source), int(five), int(ten), int(random))
+                for clip, source, five, ten, random in reversed(rows)}    # the first row stays
 
 
 def clip_file(folder):
@@ -407,11 +402,10 @@ def on_background(image, background):
 
 
 def resize(pixels, hw):
-    """(h, w, 3) uint8 -> (H, W, 3); hw: H and W, or one number for both. If a whole number of
-    pixels becomes one, that is their mean, as a camera of that size would see them."""
-    H, W = np.broadcast_to(hw, 2).tolist()
-    how = Image.LANCZOS if len(pixels) % H or pixels.shape[1] % W else Image.BOX
-    return np.array(Image.fromarray(pixels).resize((W, H), how))
+    """(h, w, 3) uint8 -> (H, W, 3). If a whole number of pixels becomes one, that is their mean, as
+    a camera of that size would see them."""
+    how = Image.LANCZOS if np.mod(pixels.shape[:2], hw).any() else Image.BOX
+    return np.array(Image.fromarray(pixels).resize(hw[::-1], how))
 
 
 # ---- find the objects, pack them, the command ----------------------------------------------------
@@ -433,10 +427,6 @@ def find(root, dataset):
     found = {} if any(layout(own, split) for split in SPLITS) else splits(f"{own}/")
     whole = found.get("train", own)
     return {"train": whole, "test": whole, **found}
-
-
-def is_procedural(folder):
-    return (folder.parent / "procedural.json").exists()
 
 
 def list_objects(folder, split, shared):

@@ -1597,7 +1597,7 @@ def made_up_clips(split, lengths=(30, 30)):
     c2w[:, 2, 3] = 0.05 * k
     start, names = torch.tensor([0, *lengths]).cumsum(0), [f"clip_{o}" for o in range(len(lengths))]
     return data.Views(images, c2w, torch.tensor([[18., 20., 12., 8.]]).expand(M, 4), start, names,
-                      dict(CLIPS, dataset="clips", split=split, size=16, hw=(16, 24), root="",
+                      dict(CLIPS, dataset="clips", split=split, hw=(16, 24), root="",
                            procedural=False, fingerprint="0"))
 
 
@@ -1980,7 +1980,7 @@ def test_every_training_view_passes_unchanged(cars, capsys):
     """Against the reader of training images, bit for bit: the ranges in sample.py are of these."""
     files = sorted(cars.glob("cars/*/*/rgb/*.png"))
     for path in files:
-        as_trained = data.resize(np.asarray(Image.open(path).convert("RGB")), 32)
+        as_trained = data.resize(np.asarray(Image.open(path).convert("RGB")), (32, 32))
         x = sample.prepare(path, ModelConfig(size=32), dict(background=(1., 1., 1.)))
         assert (x == as_trained).all(), path
     assert len(files) == 351 and not capsys.readouterr().err

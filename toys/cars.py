@@ -431,7 +431,7 @@ def hidden_pair(views, o, resize):
     c2w = views.c2w[first:views.start[o + 1]].cpu().double().numpy()                # (V, 4, 4)
     v = int(c2w[:, 1, 3].argmin())                                      # farthest to the right
     folder = Path(views.meta["root"], f"cars_{views.meta['split']}", views.names[o])
-    pair = [resize(rgba[..., :3], views.meta["size"]) for rgba in door_pictures(folder, c2w[v])]
+    pair = [resize(rgba[..., :3], views.meta["hw"]) for rgba in door_pictures(folder, c2w[v])]
     return first + v, *(torch.from_numpy(x).movedim(-1, 0) / 255 for x in pair)     # (3, S, S)
 
 
