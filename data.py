@@ -153,8 +153,7 @@ def load(root, dataset, split, size, limit=None):
     stamp = hashlib.sha256(stamp.encode()).hexdigest()[:12]
     stem = Path(root, ".cache", f"{Path(dataset).name}_{split}_{size}_{stamp}")
     if not read_pack(stem, hw):
-        read = partial(read_packed, split=split, size=size, about=about)
-        pack(stem, read, objects, f"packing {folder}")
+        pack(stem, objects, split, size, about)
     *arrays, checks = read_pack(stem, hw)
     return Views(*map(torch.from_numpy, arrays), [item.name for item in objects], dict(
         dataset=dataset, split=split, hw=hw, **about, root=str(folder.parent),
@@ -448,21 +447,28 @@ def list_objects(folder, split, shared):
     return found
 
 
-def pack(stem, read, objects, title):
+def pack(stem, objects, split, size, about):
     """Write <stem>.u8, the pictures, and <stem>.npz, all else; named so when they are whole."""
+    read = partial(read_object, split=split, size=size, about=about)
+    title = f"packing {stem.name}"
     rows = []
     with reading(f"{stem}.u8", "written: free some space, or give another --root"):
         stem.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=stem.parent) as own:
             with open(f"{own}/new.u8", "wb") as file:
-                for pictures, *row in parallel(read, objects, title):
+                for (pixels, c2w, K), folder in zip(parallel(read, objects, title), objects):
+                    pictures = pixels.transpose(0, 3, 1, 2).tobytes()        # V x 3 x H x W
+                    check = zlib.crc32(pictures, zlib.crc32(c2w.tobytes()))
+                    if about is OWN and K.shape[1] == 4:
+                        c2w, K = centred(c2w, K, folder, size)
                     file.write(pictures)
-                    rows.append(row)
+                    rows.append((c2w, K, check))
                 file.flush()
                 os.fsync(file.fileno())         # before the .npz beside it says that it is whole
             c2w, K, checks = zip(*rows)
-            np.savez(f"{own}/new.npz", c2w=np.concatenate(c2w), K=np.concatenate(K),
-                     start=np.cumsum([0, *map(len, c2w)]), checks=checks)    # (O+1,)
+            np.savez(f"{own}/new.npz", c2w=np.concatenate(c2w, dtype=np.float32),
+                     K=np.concatenate(K, dtype=np.float32), checks=checks,
+                     start=np.cumsum([0, *map(len, c2w)]))                   # (O+1,)
             for kind in "u8", "npz":
                 os.replace(f"{own}/new.{kind}", f"{stem}.{kind}")
 
@@ -477,16 +483,6 @@ def read_pack(stem, hw):
         return np.memmap(f"{stem}.u8", np.uint8, "c", shape=shape), *arrays
     except Exception:                                          # zipfile raises many
         return None
-
-
-def read_packed(folder, split, size, about):
-    """-> an object's pictures as bytes, c2w, K and a checksum."""
-    pixels, c2w, K = read_object(folder, split, size, about)                 # (V, H, W, 3)
-    pictures = pixels.transpose(0, 3, 1, 2).tobytes()                        # V x 3 x H x W
-    check = zlib.crc32(pictures, zlib.crc32(c2w.tobytes()))
-    if about == OWN and K.shape[1] == 4:          # a copy, in a worker process
-        c2w, K = centred(c2w, K, folder, size)
-    return pictures, np.float32(c2w), np.float32(K), check
 
 
 def files_of(path):
