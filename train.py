@@ -482,14 +482,12 @@ def value_of(field, text):
     many = type(like) is tuple
     kind = type(like[0] if many else like)
     least = LEAST.get(field.name, 0)
-    try:
+    with reading(f"--{field.name}={text}", f"a value like {like}, at least {least}"):
         given = ast.literal_eval(text)
         numbers = tuple(given if many else [given])
         if numbers and all(kind(x) == x and least <= x < 10**9 for x in numbers):
             return tuple(map(kind, numbers)) if many else kind(given)
-    except Exception:   # the text is not Python, or not a tuple
-        pass
-    fail(f"--{field.name}={text}: give something like {like}, at least {least}")
+        raise ValueError("out of range")
 
 
 def parse(argv):
@@ -523,12 +521,10 @@ def parse(argv):
             (not (cfg.iters[0] or cfg.teacher), "--iters: without stage 0, give a --teacher"),
             (cfg.init and cfg.teacher, "--init begins stage 0, --teacher replaces it; give one"),
             (any(n % WORLD for n in cfg.batch) or cfg.code and cfg.batch[0] < 2 * WORLD,
-             "--batch: give multiples of the number of processes, and in stage 0 two or more for "
-             "each, because half of a batch is told nothing"),
+             "--batch: give multiples of the number of processes, in stage 0 two each or more"),
             (not cfg.t_star < cfg.t_known < T, f"give --t_star < --t_known < {T}"),
             (cfg.width % 2 or h % halvings or w % halvings,
-             "--width must be even, and so must both sides of the splat image, by --size "
-             f"{h} x {w} pixels, on each level of --mult but the last"),
+             f"--width, and {h}x{w} by --size on each level of --mult but the last, must be even"),
             ((cfg.graph or cfg.compile) and not cuda, "--graph and --compile need a GPU")]:
         if wrong:
             fail(message)
