@@ -383,10 +383,8 @@ class Denoiser(nn.Module):
 def pick_device(name=""):
     """That device, or the GPU if there is one; refuses what cannot be used."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
+    with reading(f"--device={name}", "usable here; try --device=cpu"):
         torch.zeros(1, device=name).item()
-    except Exception:
-        fail(f"--device={name}: not usable here; try --device=cpu")
     return name
 
 
@@ -419,7 +417,7 @@ def load_checkpoint(path):
 
 def save_network(path, network, meta, half=True):
     """Weights, in half precision, with what is needed to use them. meta: plain values."""
-    state = {k: (v.half() if half and v.is_floating_point() and k != "stats" else v).cpu()
+    state = {k: (v.half() if half and k != "stats" else v).cpu()
              for k, v in network.state_dict().items()}
     content = dict(network=type(network).__name__, config=asdict(network.cfg), state=state,
                    meta=meta)
