@@ -1,8 +1,7 @@
 """The splat image, the U-Net, and the diffusion that turns noise into splats.
 
-    s      (B, 24, H, W) splat image: one Gaussian per pixel of the source view, perhaps with a
-           margin around it. *Raw* is what a network outputs; *normalised* is the space of the
-           diffusion.
+    s      (B, 24, H, W) splat image: one Gaussian per pixel of the source view and of its margin,
+           if any. A network outputs *raw* ones; the diffusion is in the space of *normalised* ones.
     g      the Gaussians that are rendered; `splats_to_gaussians` is the only way from s to g.
 
 The paper gives T = 100, t* = 20, DDIM with 10 steps and prediction of the clean splats (x0). The
@@ -279,10 +278,9 @@ def ddim_step(s_t, s_hat, t, t_next):
 
 
 def denoise(denoiser, s_t, t, x_src, mean, steps=STEPS, guide=None):
-    """Yields the predictions s_hat of `steps` evenly spaced DDIM steps from t (B,) towards 0; the
-    last one is the result. Stage 2 and sample.py both use it, so training and sampling cannot drift
-    apart. guide(s_hat) -> (B,) is a loss to lower, e.g. the error in further views (paper, v1):
-    every step but the last moves s_t down its slope."""
+    """Yields the predictions s_hat of `steps` evenly spaced DDIM steps from t (B,) to 0, the result
+    last, both in training (stage 2) and in sampling. guide(s_hat) -> (B,) is a loss, e.g. the error
+    in further views (paper, v1): every step but the last moves s_t down its slope."""
     for k in range(steps):
         now = t * (steps - k) // steps                                        # (B,) int
         then = t * (steps - k - 1) // steps                                   # (B,) int
@@ -344,9 +342,8 @@ class Denoiser(nn.Module):
         return self.normalise(raw, mean), code
 
     def normalise(self, raw, mean):
-        """Raw splats -> s (B, 24, H, W): by how much they differ from `mean`, each channel in its
-        own unit (our choice: channels differ by orders of magnitude). s has deviation SIGNAL, or 1
-        without a code."""
+        """Raw splats -> s (B, 24, H, W): their difference to `mean`, each channel in its own unit
+        (ours, as they differ by orders of magnitude); deviation SIGNAL, or 1 without a code."""
         return (canonical(raw, mean) - mean) / self.stats[1, :, None, None]
 
     def gaussians(self, s, mean, K):
