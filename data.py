@@ -136,8 +136,11 @@ def prepare(dataset, root="data", size=128, n_train=200, n_test=24, seed=0, spli
         folders = find(root, dataset)
     said = f" (procedural, seed {seed}, not real data)" if limits else ""
     print(f"data: {Path(dataset).name} in {min(folders.values()).parent}{said}", flush=True)
-    return {split: load(root, dataset, split, size, limits.get(split)) for split in folders
-            if split in splits}
+    views = {split: load(root, dataset, split, size, limits.get(split)) for split in folders
+             if split in splits}
+    for split, part in views.items():
+        print(f"{split:>9}: {len(part)} objects, {len(part.images)} views", flush=True)
+    return views
 
 
 def load(root, dataset, split, size, limit=None):
@@ -511,9 +514,7 @@ def main():
     parser.add_argument("dataset", help=f"{', '.join(DATASETS)}, or path/to/your/own")
     for flag, default in dict(root="data", size=128, n_train=200, n_test=24, seed=0).items():
         parser.add_argument(f"--{flag}", default=default, type=type(default))
-    for split, views in prepare(**vars(parser.parse_args())).items():
-        print(f"{split:>6}: {len(views)} objects, {len(views.images)} views, fx fy cx cy "
-              f"{views.K[0].tolist()}, id {views.meta['fingerprint']}")
+    prepare(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":

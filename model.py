@@ -342,7 +342,7 @@ class Denoiser(nn.Module):
         return self.normalise(raw, mean), code
 
     def normalise(self, raw, mean):
-        """Raw splats -> s (B, 24, H, W): their difference to `mean`, each channel in its own unit
+        """Raw splats -> s (B, 24, H, W): their difference from `mean`, each channel in its own unit
         (ours, as they differ by orders of magnitude); deviation SIGNAL, or 1 without a code."""
         return (canonical(raw, mean) - mean) / self.stats[1, :, None, None]
 
