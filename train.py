@@ -105,10 +105,10 @@ class Config:
 
 
 GPU = dict(n_train=2000, n_test=100, size=128, width=32, mult=(1, 2, 4, 4, 4), attn=16, bf16=True,
-           told=16, iters=(28000, 14000, 0), batch=(32, 16, 16), lr=(1e-3, 5e-4, 5e-5),
+           told=16, iters=(28000, 10000, 300), batch=(32, 16, 16), lr=(1e-3, 5e-4, 5e-5),
            warmup=200, ema=0.999, w_3dgs=0.02, w_3dgs_2=0.02, w_cyc=0.0, weighting="noise",
            t_known=50, steps=STEPS, graph=True, compile=True, eval_views=11, log_every=100,
-           preview_every=2000, save_every=2000)
+           preview_every=4000, save_every=2000)
 # What the paper says, and where it is silent Splatter Image: its teacher is --width=128 --blocks=4.
 # iters are ours, of stages 1 and 2; those of stage 0 are in data.DATASETS.
 PAPER = dict(code=0, t_known=T - 1, size=128, width=96, mult=(1, 2, 2, 2), blocks=3, attn=16,

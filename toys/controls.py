@@ -3,7 +3,8 @@
     python toys/controls.py out/cars        # the rows below, with the weights and settings of a run
 
     teacher, codes of others   codes instead of diffusion: the teacher is told what it gets wrong in
-                               other objects, a sample for each
+                               other objects of the test set, a sample for each
+    teacher, codes of train    the same with objects of the training set, as a sampler could
     teacher, told 1 view       the teacher is told the view from the other side, which guides the
                                samples in the row "guided by 1"
     teacher, optimised on 1    the teacher's splats, optimised on the source and the same view
@@ -24,19 +25,19 @@ from rasterize import fail
 from teacher import Teacher
 
 
-def by_codes(teacher, views, cfg):
-    """The teacher, told what it gets wrong in others -> cfg.samples of each object."""
+def by_codes(teacher, views, cfg, others):
+    """The teacher, told what it gets wrong in other objects -> cfg.samples of each object."""
     @functools.cache
     @torch.no_grad()
     def code(o):
-        index = sample.told_views(views, o, cfg.told)                         # (1 + told,)
-        x, cam, background = sample.scene(views, index, cfg)                  # (1, 1 + told, ..)
+        index = sample.told_views(others, o, cfg.told)                        # (1 + told,)
+        x, cam, background = sample.scene(others, index, cfg)                 # (1, 1 + told, ..)
         return teacher.code(teacher(x[:, :1]), x, cam, background)            # (1, code)
 
     def predict(o):
         x, cam, _ = sample.scene(views, sample.test_views(views, o)[:1], cfg)     # (1, 1, 3, H, W)
-        others = [i for i in range(len(views)) if i != o]
-        codes = [code(others[(o + k) % len(others)]) for k in range(cfg.samples)]
+        choice = [i for i in range(len(others)) if others is not views or i != o]
+        codes = [code(choice[(o + k) % len(choice)]) for k in range(cfg.samples)]
         raw, _ = teacher.unet(x[:, 0].expand(cfg.samples, -1, -1, -1), code=torch.cat(codes))
         return teacher.gaussians(raw, cam.K[:, 0].expand(cfg.samples, -1))    # (n, N, ..)
     return predict
@@ -70,16 +71,17 @@ def main():
     config = json.loads((out / "results.json").read_text())["config"]
     config = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
     cfg = train.Config(**{**config, "out": str(out), "device": pick_device()})
-    views = data.prepare(cfg.dataset, cfg.root, cfg.size, cfg.n_train, cfg.n_test, cfg.data_seed,
-                         splits=(cfg.split,))[cfg.split]
-    views = train.on_device(views, cfg.device)
+    splits = data.prepare(cfg.dataset, cfg.root, cfg.size, cfg.n_train, cfg.n_test, cfg.data_seed,
+                          splits=("train", cfg.split))
+    views = train.on_device(splits[cfg.split], cfg.device)
     teacher, _ = load_network(out / "teacher.pt", Teacher, cfg.device)
     rows = {"teacher, optimised on 1": by_optimised_teacher(teacher, views, cfg)}
     if teacher.encoder:
         rows["teacher, told 1 view"] = sample.predictor(teacher, None, views, cfg,
                                                         sample.opposite_views)
+        rows["teacher, codes of train"] = by_codes(teacher, views, cfg, splits["train"])
     if teacher.encoder and len(views) > 1:
-        rows["teacher, codes of others"] = by_codes(teacher, views, cfg)
+        rows["teacher, codes of others"] = by_codes(teacher, views, cfg, views)
     scores = {name: sample.average_scores(sample.evaluate(
         predict, views, cfg, cfg.eval_views, range(len(views)), name))
         for name, predict in rows.items()}
