@@ -171,7 +171,7 @@ def random_views(cfg):
     images = torch.randint(256, (4 * n, 3, *hw), dtype=torch.uint8)
     _, cam = benchmark_scene(4, n, 1, hw)
     return data.Views(images, invert_pose(cam.w2c).flatten(0, 1), cam.K.flatten(0, 1),
-                      torch.arange(5) * n, [""] * 4, dict(row, size=cfg.size, hw=hw)).to(cfg.device)
+                      torch.arange(5) * n, [""] * 4, dict(row, hw=hw)).to(cfg.device)
 
 
 def rendering_share(step, batch):
