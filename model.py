@@ -200,18 +200,11 @@ class UNet(nn.Module):
         self.aux_norm = group_norm(c)
         self.aux_conv = xavier(nn.Conv2d(c, S, 3, padding=1), 0.2)
         self.out = nn.Conv2d(S, S, 1)
-        self.start(cfg.size)
-
-    @torch.no_grad()
-    def start(self, size, **rows):
-        """Initialise the last layer by SPLAT's gains and biases, or by rows: name=(gain, bias)."""
-        parts = zip(SPLAT.items(), self.out.weight.split(WIDTHS), self.out.bias.split(WIDTHS))
-        for (name, (_, *row)), weight, bias in parts:
-            gain, value = rows.get(name, row)
+        parts = zip(SPLAT.values(), self.out.weight.split(WIDTHS), self.out.bias.split(WIDTHS))
+        for (_, gain, value), weight, bias in parts:
             nn.init.xavier_uniform_(weight, gain)
-            bias.fill_(value)
-        if "scale" not in rows:
-            self.out.bias[5:8] += math.log(128 / size)                        # 1 pixel at any size
+            nn.init.constant_(bias, value)
+        nn.init.constant_(self.out.bias[5:8], math.log(1.28 / cfg.size))      # 1 pixel at any size
 
     def forward(self, x, t=None, code=None, s_t=None):
         """-> raw splats (B, 24, H, W), and the code (B, code) that was given or read, or None."""

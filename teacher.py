@@ -84,16 +84,6 @@ class Teacher(nn.Module):
         return splats_to_gaussians(raw, K, self.cfg)
 
 
-def can_be_told(teacher, code):
-    """A teacher without a code -> one with a code of `code` numbers. Only the layers that make and
-    read the code are trained, so with a code of zeros it stays the given teacher, bit for bit."""
-    told = Teacher(replace(teacher.cfg, code=code))
-    told.load_state_dict(teacher.state_dict(), strict=False)
-    for name, x in told.named_parameters():
-        x.requires_grad_(name.startswith("encoder.") or name.endswith("affine.weight"))
-    return told
-
-
 @torch.no_grad()
 def splat_statistics(batches):
     """Per channel, the mean and deviation of batches of splats (B, 24, H, W) -> (2, 24)."""
@@ -110,21 +100,26 @@ def splat_statistics(batches):
 
 # ==== The lesson ends here. Below: given teachers, Splatter Image's weights. ======================
 
-def given_teacher(path, want):
+def given_teacher(path, want, learns):
     """A teacher.pt of train.py, or a checkpoint of Splatter Image -> Teacher. Its splat images are
-    those of the ModelConfig `want`, its layers may differ. If want.code is not 0, it can be told a
-    code of so many numbers."""
+    those of the ModelConfig `want`, its layers may differ. If it learns further and takes no code,
+    it gets the layers that make and read one: with a code of zeros it stays what it was."""
     if "network" in load_checkpoint(path):
         given, _ = load_network(path, Teacher)
     else:
         given = load_splatter_image(path, want.near, want.far)
+    if learns and want.code and not given.encoder:
+        told = Teacher(replace(given.cfg, code=want.code))
+        told.load_state_dict(given.state_dict(), strict=False)
+        given = told
     need = {k: getattr(want, k) for k in ("size", "aspect", "pad", "log_depth")}
-    code = want.code
-    if replace(given.cfg, **need) != given.cfg or (code and given.cfg.code not in (0, code)):
-        said = ", ".join(f"{k}={x}" for k, x in dict(need, code=code).items())
+    if want.code or learns:
+        need["code"] = want.code
+    if replace(given.cfg, **need) != given.cfg:
+        said = ", ".join(f"{k}={x}" for k, x in need.items())
         fail(f"{path}: a {given.cfg}, but these flags need {said}")
     given.cfg = replace(given.cfg, near=want.near, far=want.far)   # of the data that it is used on
-    return can_be_told(given, code) if code and not given.encoder else given
+    return given
 
 
 PREFIX = r"network_with_offset\.|encoder\.|dec\.\d+x\d+_(?=aux)"   # their names have these, too

@@ -51,8 +51,8 @@ class Config:
     dataset: str = "cars"        # cars, chairs, hydrants, teddybears, or path/to/your/own
     paper: bool = False          # sizes and numbers of the paper and of its teacher; see PAPER
     seed: int = 0
-    teacher: str = ""            # teacher.pt or Splatter Image's file; stage 0 only adds the code
-    init: str = ""               # ours: continue training this teacher.pt in stage 0
+    teacher: str = ""            # teacher.pt or Splatter Image's file, in place of stage 0
+    init: str = ""               # ours: continue training such a file in stage 0
     n_train: int = 160           # procedural cars to make, if there are no real ones
     n_test: int = 20
     data_seed: int = 0           # of the procedural cars
@@ -276,7 +276,7 @@ def make_step(cfg, stage, network, teacher, background):
         net.unet.bf16 = cfg.bf16
         if cfg.compile:
             compile_network(net)
-    params = [x for x in network.parameters() if x.requires_grad]
+    params = [*network.parameters()]
     optimiser = torch.optim.Adam(params, lr=torch.zeros((), device=cfg.device), betas=(0.9, 0.99),
                                  fused=True, capturable=cfg.device.startswith("cuda"))
 
@@ -308,9 +308,8 @@ def make_networks(cfg, stage, views, background):
     """-> the network that learns in this stage, and the frozen teacher, None in stage 0."""
     shape = shape_of(cfg, views.meta)
     torch.manual_seed(cfg.seed)
-    if stage == 0 and (cfg.teacher or cfg.init):
-        given = given_teacher(cfg.teacher or cfg.init, shape)
-        return given.requires_grad_() if cfg.init else given, None            # init: all learns
+    if stage == 0 and cfg.init:
+        return given_teacher(cfg.init, shape, learns=True), None
     teacher = None
     if stage > 0:
         teacher, _ = load_network(Path(cfg.out) / "teacher.pt", Teacher, cfg.device)
@@ -318,8 +317,6 @@ def make_networks(cfg, stage, views, background):
     if stage == 2:
         return load_network(Path(cfg.out) / "stage_1.pt", Denoiser)[0], teacher
     network = (Denoiser if stage else Teacher)(shape)
-    if cfg.paper:
-        network.unet.start(cfg.size, **views.meta["start"])
     if stage == 1:
         # units of the splats that stage 1 will noise, from 32 batches; until then they are 1
         network.to(cfg.device)
@@ -383,11 +380,11 @@ def train_stage(cfg, stage, views, test, state):
                  network=network.state_dict(), ema=ema.state_dict(),
                  optimiser=optimiser.state_dict())
     state |= dict(stage=stage + 1, step=0, minutes=(time.time() - began) / 60)
-    if RANK == 0:   # a teacher that was given stays as it is, to the last bit
+    if RANK == 0:
         meta = about(cfg, views, stage=stage, iters=iters, minutes=state["minutes"],
                      teacher=fingerprint(teacher) if teacher else None)
         name = f"stage_{stage}.pt" if stage else "teacher.pt"
-        save_network(out / name, ema, meta, half=stage > 0 or not cfg.teacher)
+        save_network(out / name, ema, meta)
     save(cfg, views, stage=stage + 1, step=0, minutes=state["minutes"])
 
 
@@ -550,15 +547,12 @@ def main():
     views, test = [on_device(splits[split], cfg.device) for split in ("train", cfg.split)]
     out.mkdir(parents=True, exist_ok=True)
     state = resume(cfg, views) | dict(left=cfg.max_steps or -1)
-    if cfg.teacher and state["stage"] == state["step"] == 0:
-        given, _ = make_networks(cfg, 0, views, None)
-        if all(x.requires_grad for x in given.parameters()):      # there is nothing to teach it
-            state["stage"] = 1
-            if RANK == 0:
-                meta = about(cfg, views, stage=0, iters=0, minutes=0.0)
-                save_network(out / "teacher.pt", given, meta, half=False)
-        elif not cfg.iters[0]:
-            fail(f"{cfg.teacher} cannot be told anything yet: give stage 0 steps, or --code=0")
+    if cfg.teacher and state["stage"] == 0:
+        given = given_teacher(cfg.teacher, shape_of(cfg, views.meta), learns=False)
+        state["stage"] = 1
+        if RANK == 0:
+            meta = about(cfg, views, stage=0, iters=0, minutes=0.0)
+            save_network(out / "teacher.pt", given, meta, half=False)
     barrier()                                      # the files read above are written below
     for stage in range(state["stage"], 3):
         if cfg.eval_only or not cfg.iters[stage]:
