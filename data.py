@@ -377,24 +377,14 @@ def rigid(m, path):
 
 
 def read_rgba(path):
-    """Any picture (grey, 16-bit, palette, transparent) -> RGBA image, upright as its EXIF says."""
+    """A picture -> RGBA image, upright as its EXIF says. Of 16-bit colours Pillow keeps 8 bits."""
     # by its open file: Pillow maps a named TIFF into memory, and then turns it wrongly
     with reading(path, "a readable image"), open(path, "rb") as file, Image.open(file) as image:
-        raw = image.tile[0][3] if image.format == "PNG" else None
-        scale = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}.get(raw)
-        image = ImageOps.exif_transpose(image)
-        key = image.info.get("transparency")                                 # in the file's units
-        if image.mode[0] in "IF":                              # more than 8 bits: Pillow would clip
-            grey = np.asarray(image)                                         # (h, w)
-            high = 255 if image.mode == "F" else 65535
-            if not 0 <= grey.min() <= grey.max() <= high or high == 255 and grey.max() <= 1:
-                raise ValueError(f"its numbers go from {grey.min()} to {grey.max()}, not to {high}")
-            both = np.stack([255 / high * grey + .5, 255 * (grey != key)], 2)     # (h, w, 2)
-            image = Image.fromarray(both.astype(np.uint8))
-        elif scale and key is not None:
-            key = tuple(int(k * scale) for k in np.atleast_1d(key))     # 16 bits: the upper 8
-            image.info["transparency"] = key if len(key) > 1 else key[0]
-        return image.convert("RGBA")
+        raw = image.tile[0][3] if image.format == "PNG" and "transparency" in image.info else None
+        # Pillow would clip 16-bit grey, and give a PNG's transparent colour in the file's units
+        if image.mode[0] in "IF" or raw in ("L;2", "L;4", "RGB;16B"):
+            raise ValueError("not 8 bits a channel; save it with 8")
+        return ImageOps.exif_transpose(image).convert("RGBA")
 
 
 def on_background(image, background):

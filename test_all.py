@@ -784,33 +784,40 @@ def test_the_packed_file_is_rebuilt_when_a_file_changes_and_never_used_half_writ
 
 
 def test_alpha_is_straight_but_in_srn_only_a_mask(tmp_path):
-    """Against pixels by hand: translucent, of 16 bits, of the value that a PNG has transparent."""
-    def read(pixel, kind=np.uint8, background=(1, 1, 1), **more):
-        picture = Image.fromarray(np.full((2, 3, *np.shape(pixel)), pixel, kind))
+    """Against pixels by hand: translucent, of the value that a PNG has transparent."""
+    def read(pixel, background=(1, 1, 1), **more):
+        picture = Image.fromarray(np.full((2, 3, *np.shape(pixel)), pixel, np.uint8))
         picture.save(tmp_path / "x.png", **more)
         return data.on_background(data.read_rgba(tmp_path / "x.png"), background)[0, 0].tolist()
     assert read((205, 55, 5, 128), background=(0, 0, 0)) == [103, 28, 3]
     assert read((0, 0, 0, 0)) == [255, 255, 255]
-    assert read(77) == read(257 * 77, np.uint16) == read(77, transparency=78) == [77] * 3
-    assert read(77, transparency=77) == read(300, np.uint16, transparency=300) == [255] * 3
+    assert read(77) == read(77, transparency=78) == [77] * 3
+    assert read(77, transparency=77) == [255] * 3
     write_srn(tmp_path / "a", LOOKS[:1], WIDE, [np.full((32, 32, 4), 128, np.uint8)])
     pixels, _, _ = data.read_object(tmp_path / "a", "train", 32, dict(background=(1., 1., 1.)))
     assert (pixels == 128).all()
 
 
-@pytest.mark.parametrize("depth, colour, row, key, grey", [
-    (2, 0, b"\x60", b"\0\x02", 85), (4, 0, b"\x35", b"\0\x05", 51),
-    (16, 2, b"\x33\x33" * 3 + b"\x55\xf0" * 3, b"\x55\xf0" * 3, 51)])
-def test_the_transparent_value_of_a_png_has_its_depth(depth, colour, row, key, grey, tmp_path):
-    """Against two pixels, written by hand: the first is grey, the second has the value of tRNS."""
+@pytest.mark.parametrize("depth, colour, row, key", [
+    (16, 2, b"\x33\x34" * 3 + b"\x55\xf0" * 3, b""),                # its upper bytes: 51 and 85
+    (1, 0, b"\x40", b"\0\1"), (8, 0, b"\x33\x55", b"\0\x55"),
+    (2, 0, b"\x60", b"\0\2"), (4, 0, b"\x35", b"\0\5"), (16, 0, b"\x33\x33\x55\xf0", b""),
+    (16, 2, b"\x33\x33" * 3 + b"\x55\xf0" * 3, b"\x55\xf0" * 3)])
+def test_a_png_that_is_not_of_8_bits_is_read_rightly_or_refused(depth, colour, row, key, tmp_path):
+    """Against two pixels, written by hand; the second may have the transparent value of tRNS."""
     chunk = lambda name, body: (len(body).to_bytes(4, "big") + name + body
                                 + zlib.crc32(name + body).to_bytes(4, "big"))
     size = bytes([0, 0, 0, 2, 0, 0, 0, 1, depth, colour, 0, 0, 0])
     content = chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b"")
-    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size)
-                                     + chunk(b"tRNS", key) + content)
-    first, second = np.asarray(data.read_rgba(tmp_path / "x.png"))[0]
-    assert first.tolist() == [grey] * 3 + [255] and second[3] == 0
+    path = tmp_path / "x.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size)
+                     + (chunk(b"tRNS", key) if key else b"") + content)
+    if depth in (2, 4) or depth == 16 and (key or not colour):
+        said = refused(data.read_rgba, path)
+        assert f"{path}: not a readable image (ValueError not 8 bits a channel" in said
+    else:
+        first, second = np.asarray(data.read_rgba(path))[0].tolist()
+        assert first == [0 if depth == 1 else 51] * 3 + [255] and second[3] == (0 if key else 255)
 
 
 POSE, PICTURE, NERF, MASKED = ("pose/000003.txt", "rgb/000003.png", "transforms.json",
