@@ -72,7 +72,7 @@ SPLITS = "train", "val", "test"
 # and instant-ngp that, if not 0, change rays, poses or colours. The others are used or harmless.
 PINHOLES = "PINHOLE", "SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL", "OPENCV", "FULL_OPENCV"
 REFUSED = re.compile("[kps]\\d*|(distortion|ftheta|rolling_shutter|intrinsic|transform_matrix_).*|"
-                     ".*_transparent|mask_color|is_fisheye|latlong|equirectangular|from_na|._fov")
+                     ".*_transparent|mask_.*|is_fisheye|latlong|equirectangular|from_na|._fov")
 VERSION = 3            # of the packed files: to be raised when their bytes change
 
 
@@ -228,23 +228,21 @@ def read_nerf(path, background):
 
 
 def nerf_frame(path, frame, background):
-    """A frame has camera-to-world with OpenGL's axes (y up, z backward), and focal lengths as fl_x,
-    fl_y in pixels or as angles camera_angle_x, camera_angle_y. Black in mask_path is background."""
-    file = named_file(path, frame["file_path"])
+    """One frame -> c2w, K, picture. In the file c2w has OpenGL's axes: y up, z backward."""
+    name = frame["file_path"]
+    if any(part[0] in "./" for part in Path(name).parts):      # `load` looks only below it
+        fail(f"{path}: {name} is not below this folder; copy it there")
+    file = path.parent / name
+    if not file.suffix:                                        # Blender leaves it out
+        file = file.with_suffix(".png")
     odd = [key for key, value in frame.items() if REFUSED.fullmatch(key) and np.any(value)]
     model = frame.get("camera_model", "PINHOLE")
     if odd or model not in PINHOLES:
-        fail(f"{path}: {odd or model}: its lens distorts, or poses or colours mean something else; "
-             "undistort the pictures (colmap image_undistorter)")
+        fail(f"{path}: {odd or model} cannot be used: undistort the pictures (colmap "
+             "image_undistorter), cut the object out by transparency, give plain poses and colours")
     image = read_rgba(file)
     if Image.open(file).getexif().get(0x0112, 1) != 1:
         fail(f"{file}: EXIF turns it, its camera may be of either; save it upright")
-    if frame.get("mask_path"):
-        mask = named_file(path, frame["mask_path"])
-        keep = on_background(read_rgba(mask), (0, 0, 0)).any(2)              # (h, w)
-        if keep.shape != image.size[::-1]:
-            fail(f"{mask}: not of the size of {file}")
-        image = Image.fromarray(np.asarray(image) * keep[:, :, None])
     w, h = frame.get("w", image.width), frame.get("h", image.height)
     if not abs(w * image.height - h * image.width) < max(w, h):    # within a pixel: may be resized
         fail(f"{file}: {image.size} pixels, but {path} says w {w}, h {h}, of another shape")
@@ -258,14 +256,6 @@ def nerf_frame(path, frame, background):
     square = image.crop((*-pad, *side - pad))                                # transparent beside it
     c2w = rigid(frame["transform_matrix"], f"{path}: {file}") * [1, -1, -1, 1]          # (4, 4)
     return c2w, K, on_background(square, background)
-
-
-def named_file(path, name):
-    """The file of that name beside path. Blender leaves out .png."""
-    if any(part[0] in "./" for part in Path(name).parts):      # `load` looks only below it
-        fail(f"{path}: {name} is not below this folder; copy it there")
-    file = path.parent / name
-    return file if file.suffix else file.with_suffix(".png")
 
 
 def focal_length(frame, axis, side):
