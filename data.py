@@ -10,9 +10,8 @@ returns its `Views`; `draw` and `gather` cut batches from them, so training deco
 clip counts as an object; all that differs in scenes is in their rows of DATASETS.
 Nothing is downloaded: if there are no cars, toys/cars.py makes procedural ones in SRN's layout.
 
-    python data.py cars                                        # prepare, print what is there
+    python -c "import data; data.prepare('cars')"              # prepare, print what is there
 """
-import argparse
 import hashlib
 import json
 import math
@@ -390,7 +389,7 @@ def resize(pixels, hw):
     return np.array(Image.fromarray(pixels).resize(hw[::-1], how))
 
 
-# ---- find the objects, pack them, the command ----------------------------------------------------
+# ---- find the objects, pack them -----------------------------------------------------------------
 
 def find(root, dataset):
     """-> {split: its folder}. Real cars come before procedural ones. A folder of your own that is
@@ -487,20 +486,3 @@ def parallel(function, jobs, title):
     with reading(title, "done"), ProcessPoolExecutor(min(cores, 32), context, *deaf) as pool:
         run = map if len(jobs) < 8 else pool.map               # fewer are not worth the processes
         yield from tqdm(run(function, jobs), title, len(jobs), leave=False)
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Prepare a dataset and print what it holds.")
-    parser.add_argument("dataset", help=f"{', '.join(DATASETS)}, or path/to/your/own")
-    for flag, default in dict(root="data", size=128, n_train=200, n_test=24, seed=0).items():
-        parser.add_argument(f"--{flag}", default=default, type=type(default))
-    prepare(**vars(parser.parse_args()))
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        fail("stopped; the same command goes on")
-    except OSError as e:
-        fail(e)

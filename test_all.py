@@ -930,9 +930,9 @@ def test_what_cannot_be_used_is_explained_in_one_line(cars, tmp_path):
 def test_a_full_disk_and_a_killed_packer_leave_nothing_that_two_runs_at_once_use(cars, tmp_path):
     """Against the real things, a limit on the size of files and SIGKILL; then one run alone."""
     root, new = copy_of(cars, tmp_path), tmp_path / "new"
-    command = lambda place: [sys.executable, str(HERE / "data.py"), "cars", f"--root={place}",
-                             "--size=128", "--n_train=2", "--n_test=1"]       # as a user calls it
-    run = lambda place: subprocess.Popen(command(place), stdout=subprocess.DEVNULL)
+    code = "import data; data.prepare('cars', {!r}, n_train=2, n_test=1)"     # as a user calls it
+    command = lambda place: [sys.executable, "-c", code.format(str(place))]
+    run = lambda place: subprocess.Popen(command(place), stdout=subprocess.DEVNULL, cwd=HERE)
     for most, place, said in (1000, root, "free some space"), (2, new, "making cars"):
         full = with_files_of_at_most(most, command(place))
         assert full.returncode == 1 and "Traceback" not in full.stderr
