@@ -798,26 +798,25 @@ def test_alpha_is_straight_but_in_srn_only_a_mask(tmp_path):
     assert (pixels == 128).all()
 
 
-@pytest.mark.parametrize("depth, colour, row, key", [
-    (16, 2, b"\x33\x34" * 3 + b"\x55\xf0" * 3, b""),                # its upper bytes: 51 and 85
-    (1, 0, b"\x40", b"\0\1"), (8, 0, b"\x33\x55", b"\0\x55"),
-    (2, 0, b"\x60", b"\0\2"), (4, 0, b"\x35", b"\0\5"), (16, 0, b"\x33\x33\x55\xf0", b""),
-    (16, 2, b"\x33\x33" * 3 + b"\x55\xf0" * 3, b"\x55\xf0" * 3)])
-def test_a_png_that_is_not_of_8_bits_is_read_rightly_or_refused(depth, colour, row, key, tmp_path):
-    """Against two pixels, written by hand; the second may have the transparent value of tRNS."""
+@pytest.mark.parametrize("depth, colour, row, key, want", [
+    (1, 0, b"\x40", b"\0\1", [0, 0]), (2, 0, b"\x60", b"\0\2", None),
+    (4, 0, b"\x35", b"\0\5", None), (16, 0, b"\x33\x34\x55\xf0", b"", None),
+    (16, 2, b"\x33\x34" * 3 + b"\x55\xf0" * 3, b"", [51, 255]),             # the upper bytes
+    (16, 2, b"\x33\x34" * 3 + b"\x55\xf0" * 3, b"\x55\xf0" * 3, None)])
+def test_a_png_that_has_not_8_bits_is_read_or_refused(depth, colour, row, key, want, tmp_path):
+    """Against two pixels, written by hand: red of the first, alpha of the second, which has the
+    transparent value of tRNS if there is a key."""
     chunk = lambda name, body: (len(body).to_bytes(4, "big") + name + body
                                 + zlib.crc32(name + body).to_bytes(4, "big"))
-    size = bytes([0, 0, 0, 2, 0, 0, 0, 1, depth, colour, 0, 0, 0])
-    content = chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b"")
-    path = tmp_path / "x.png"
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size)
-                     + (chunk(b"tRNS", key) if key else b"") + content)
-    if depth in (2, 4) or depth == 16 and (key or not colour):
+    path, size = tmp_path / "x.png", bytes([0, 0, 0, 2, 0, 0, 0, 1, depth, colour, 0, 0, 0])
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + (key and chunk(b"tRNS", key))
+                     + chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b""))
+    if want:
+        first, second = np.asarray(data.read_rgba(path))[0].tolist()
+        assert [first[0], second[3]] == want
+    else:
         said = refused(data.read_rgba, path)
         assert f"{path}: not a readable image (ValueError not 8 bits a channel" in said
-    else:
-        first, second = np.asarray(data.read_rgba(path))[0].tolist()
-        assert first == [0 if depth == 1 else 51] * 3 + [255] and second[3] == (0 if key else 255)
 
 
 POSE, PICTURE, NERF, MASKED = ("pose/000003.txt", "rgb/000003.png", "transforms.json",
