@@ -10,9 +10,8 @@ returns its `Views`; `draw` and `gather` cut batches from them, so training deco
 clip counts as an object; all that differs in scenes is in their rows of DATASETS.
 Nothing is downloaded: if there are no cars, toys/cars.py makes procedural ones in SRN's layout.
 
-    python data.py cars                                        # prepare, print what is there
+    python -c "import data; data.prepare('cars')"              # prepare, print what is there
 """
-import argparse
 import hashlib
 import json
 import math
@@ -50,8 +49,7 @@ ON_WHITE = (1., 1., 1.)
 SMALL = math.log(.02)
 CO3D = dict(near=-2.0, far=2.0, background=(0., 0., 0.), source=0, iters=900_001,
             start=dict(opacity=(1, -2), scale=(.003, SMALL), offset=(.1, 0)))
-# In the unit of `read_clip`, 98 % of corners triangulated in five real clips have depths from 1.6
-# to 20. Such corners miss what is nearest and farthest, hence more room.
+# In `read_clip`'s unit. Corners triangulated in real clips lie at 1.6 to 20, other things beyond.
 SCENE = dict(near=0.5, far=50.0, background=(.5, .5, .5), iters=500_001,
              start=dict(opacity=(1, 0), scale=(.1, SMALL), offset=(.2, 0)),
              aspect=1.5, window=30, log_depth=True, pad=1 / 8)
@@ -72,7 +70,7 @@ SPLITS = "train", "val", "test"
 # and instant-ngp that, if not 0, change rays, poses or colours. The others are used or harmless.
 PINHOLES = "PINHOLE", "SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL", "OPENCV", "FULL_OPENCV"
 REFUSED = re.compile("[kps]\\d*|(distortion|ftheta|rolling_shutter|intrinsic|transform_matrix_).*|"
-                     ".*_transparent|mask_color|is_fisheye|latlong|equirectangular|from_na|._fov")
+                     ".*_transparent|mask_.*|is_fisheye|latlong|equirectangular|from_na|._fov")
 VERSION = 3            # of the packed files: to be raised when their bytes change
 
 
@@ -139,16 +137,15 @@ def prepare(dataset, root="data", size=128, n_train=200, n_test=24, seed=0, spli
     views = {split: load(root, dataset, split, size, limits.get(split)) for split in folders
              if split in splits}
     for split, part in views.items():
-        print(f"{split:>9}: {len(part)} objects, {len(part.images)} views", flush=True)
+        print(f"{split:>9}: {len(part)} objects, {len(part.images)} views")
     return views
 
 
 def load(root, dataset, split, size, limit=None):
-    """One split's Views, its first `limit` objects; packs them first if they are new. The packs in
-    <root>/.cache may be deleted at any time."""
+    """Views of a split's first `limit` objects. Packs them in <root>/.cache if they are new."""
     folders = find(root, dataset)
     folder = folders[split]
-    objects = list_objects(folder, split, shared=[*folders.values()].count(folder) > 1)[:limit]
+    objects = list_objects(folders, split)[:limit]
     about = DATASETS.get(dataset, OWN)
     hw = size, round(size * about.get("aspect", 1))
     used = *objects, *sorted(folder.glob("camera_?s.npz")), *map(clip_file, objects)
@@ -228,29 +225,27 @@ def read_nerf(path, background):
 
 
 def nerf_frame(path, frame, background):
-    """A frame has camera-to-world with OpenGL's axes (y up, z backward), and focal lengths as fl_x,
-    fl_y in pixels or as angles camera_angle_x, camera_angle_y. Black in mask_path is background."""
-    file = named_file(path, frame["file_path"])
+    """One frame -> c2w, K, picture. In the file c2w has OpenGL's axes: y up, z backward."""
+    name = Path(frame["file_path"])
+    if any(part[0] in "./" for part in name.parts):            # `load` looks only below it
+        fail(f"{path}: {name} is not below this folder; copy it there")
+    file = path.parent / (name if name.suffix else f"{name}.png")    # Blender leaves .png out
     odd = [key for key, value in frame.items() if REFUSED.fullmatch(key) and np.any(value)]
     model = frame.get("camera_model", "PINHOLE")
     if odd or model not in PINHOLES:
-        fail(f"{path}: {odd or model}: its lens distorts, or poses or colours mean something else; "
-             "undistort the pictures (colmap image_undistorter)")
+        fail(f"{path}: {odd or model} cannot be used: undistort the pictures (colmap "
+             "image_undistorter), cut the object out by transparency, give plain poses and colours")
     image = read_rgba(file)
     if Image.open(file).getexif().get(0x0112, 1) != 1:
         fail(f"{file}: EXIF turns it, its camera may be of either; save it upright")
-    if frame.get("mask_path"):
-        mask = named_file(path, frame["mask_path"])
-        keep = on_background(read_rgba(mask), (0, 0, 0)).any(2)              # (h, w)
-        if keep.shape != image.size[::-1]:
-            fail(f"{mask}: not of the size of {file}")
-        image = Image.fromarray(np.asarray(image) * keep[:, :, None])
     w, h = frame.get("w", image.width), frame.get("h", image.height)
     if not abs(w * image.height - h * image.width) < max(w, h):    # within a pixel: may be resized
         fail(f"{file}: {image.size} pixels, but {path} says w {w}, h {h}, of another shape")
     fx = focal_length(frame, "x", w)
     fy = focal_length(frame, "y", h) or fx
-    K = pinhole([fx / w, fy / h, frame.get("cx", w / 2) / w, frame.get("cy", h / 2) / h], path)
+    cx = frame.get("cx", w / 2)
+    cy = frame.get("cy", h / 2)
+    K = pinhole([fx / w, fy / h, cx / w, cy / h], path)                      # (4,)
     size = np.array(image.size)                                              # (2,) w h
     side = size.max()
     pad = (side - size) // 2                                                 # (2,) left and above
@@ -258,14 +253,6 @@ def nerf_frame(path, frame, background):
     square = image.crop((*-pad, *side - pad))                                # transparent beside it
     c2w = rigid(frame["transform_matrix"], f"{path}: {file}") * [1, -1, -1, 1]          # (4, 4)
     return c2w, K, on_background(square, background)
-
-
-def named_file(path, name):
-    """The file of that name beside path. Blender leaves out .png."""
-    if any(part[0] in "./" for part in Path(name).parts):      # `load` looks only below it
-        fail(f"{path}: {name} is not below this folder; copy it there")
-    file = path.parent / name
-    return file if file.suffix else file.with_suffix(".png")
 
 
 def focal_length(frame, axis, side):
@@ -283,9 +270,8 @@ def read_co3d(path, background):
     x_cam = x R + T with x left and y up, focal 1 for half a picture."""
     folder = path.parent
     with reading(folder, "a sequence as Splatter Image preprocesses it"):
-        R, T = (np.load(folder.parent / f"camera_{x}.npz")[folder.name] for x in ("Rs", "Ts"))
-        R = R.reshape(-1, 3, 3)                                              # (V, 3, 3)
-        T = T.reshape(-1, 3, 1)                                              # (V, 3, 1)
+        R = np.load(folder.parent / "camera_Rs.npz")[folder.name].reshape(-1, 3, 3)    # (V, 3, 3)
+        T = np.load(folder.parent / "camera_Ts.npz")[folder.name].reshape(-1, 3, 1)    # (V, 3, 1)
         K = np.full((len(R), 5), .5)                                         # (V, 5)
         K[:, :2] = np.load(path).reshape(len(R), -1) / 2                     # (V, 1 or 2)
         K[:, 4] = T[:, 2, 0]
@@ -300,7 +286,8 @@ def read_co3d(path, background):
     pinhole(K[:, :4], path)
     for m, k, x in zip(c2w, K, pictures):
         m = rigid(m, f"{folder.parent}/camera_Rs.npz: {folder.name}")
-        yield m, k, (255 * x.clip(0, 1) + .5).astype(np.uint8).transpose(1, 2, 0)
+        picture = (255 * x.clip(0, 1) + .5).astype(np.uint8)                 # (3, S, S)
+        yield m, k, picture.transpose(1, 2, 0)
 
 
 def read_clip(path, background):
@@ -309,11 +296,10 @@ def read_clip(path, background):
     mean square distance of the cameras from their mean is 1; there are no points to scale by."""
     with reading(path, "a clip: an address, then 19 numbers a frame"):
         lines = [line.split() for line in path.read_text().splitlines()[1:] if line.strip()]
-        rows = np.array([line[1:] for line in lines], np.float64)            # (V, 18)
-        w2c = np.tile(np.eye(4), (len(rows), 1, 1))                          # (V, 4, 4)
-        w2c[:, :3] = rows[:, 6:].reshape(len(rows), 3, 4)
+        rows = np.array([line[1:] for line in lines], np.float64).reshape(len(lines), 18)  # (V, 18)
     K = pinhole(rows[:, :4], path)                                           # (V, 4)
-    w2c = [rigid(m, f"{path}: {line[0]}") for line, m in zip(lines, w2c)]    # (4, 4) each
+    w2c = [rigid([*row[6:], 0, 0, 0, 1], f"{path}: {time}")                  # (4, 4) each
+           for (time, *_), row in zip(lines, rows)]
     c2w = np.linalg.inv(w2c)                                                 # (V, 4, 4)
     away = c2w[:, :3, 3] - c2w[:, :3, 3].mean(0)                             # (V, 3)
     spread = np.sqrt((away ** 2).sum(1).mean())
@@ -359,7 +345,8 @@ def numbers(path):
 def pinhole(K, path):
     """K (..., 4), fx fy cx cy as fractions of the picture, if a pinhole camera can have it."""
     K = np.array(K, np.float64)
-    focal, middle = K[..., :2], K[..., 2:]
+    focal = K[..., :2]
+    middle = K[..., 2:]
     if not ((.1 < focal) & (focal < np.inf) & (0 <= middle) & (middle <= 1)).all():
         fail(f"{path}: no focal length above a tenth of the picture, or principal point outside")
     return K
@@ -377,24 +364,14 @@ def rigid(m, path):
 
 
 def read_rgba(path):
-    """Any picture (grey, 16-bit, palette, transparent) -> RGBA image, upright as its EXIF says."""
-    # by its open file: Pillow maps a named TIFF into memory, and then turns it wrongly
+    """A picture -> RGBA image, upright as its EXIF says. Of 16-bit colours Pillow keeps 8 bits."""
+    # not by its name: Pillow would map a TIFF into memory, and then turn it wrongly
     with reading(path, "a readable image"), open(path, "rb") as file, Image.open(file) as image:
-        raw = image.tile[0][3] if image.format == "PNG" else None
-        scale = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}.get(raw)
-        image = ImageOps.exif_transpose(image)
-        key = image.info.get("transparency")                                 # in the file's units
-        if image.mode[0] in "IF":                              # more than 8 bits: Pillow would clip
-            grey = np.asarray(image)                                         # (h, w)
-            high = 255 if image.mode == "F" else 65535
-            if not 0 <= grey.min() <= grey.max() <= high or high == 255 and grey.max() <= 1:
-                raise ValueError(f"its numbers go from {grey.min()} to {grey.max()}, not to {high}")
-            both = np.stack([255 / high * grey + .5, 255 * (grey != key)], 2)     # (h, w, 2)
-            image = Image.fromarray(both.astype(np.uint8))
-        elif scale and key is not None:
-            key = tuple(int(k * scale) for k in np.atleast_1d(key))     # 16 bits: the upper 8
-            image.info["transparency"] = key if len(key) > 1 else key[0]
-        return image.convert("RGBA")
+        # Pillow would clip 16-bit grey; it gives a PNG's transparent colour in the file's units
+        keyed = "transparency" in image.info and image.tile[0][3]
+        if image.mode[0] in "IF" or keyed in ("L;2", "L;4", "RGB;16B"):
+            raise ValueError("not 8 bits a channel; save it with 8")
+        return ImageOps.exif_transpose(image).convert("RGBA")
 
 
 def on_background(image, background):
@@ -404,22 +381,20 @@ def on_background(image, background):
 
 
 def resize(pixels, hw):
-    """(h, w, 3) uint8 -> (H, W, 3). If a whole number of pixels becomes one, that is their mean, as
-    a camera of that size would see them."""
+    """(h, w, 3) uint8 -> (H, W, 3). If whole pixels become one, it is their mean."""
     how = Image.LANCZOS if np.mod(pixels.shape[:2], hw).any() else Image.BOX
     return np.array(Image.fromarray(pixels).resize(hw[::-1], how))
 
 
-# ---- find the objects, pack them, the command ----------------------------------------------------
+# ---- find the objects, pack them -----------------------------------------------------------------
 
 def find(root, dataset):
-    """-> {split: its folder}. Real cars come before procedural ones. A folder of your own that is
-    not split stands for both of its splits."""
+    """-> {split: its folder}. A folder of your own that is not split stands for both splits."""
     def splits(place):
         return {split: Path(place + split) for split in SPLITS if Path(place + split).is_dir()}
     if dataset in DATASETS:
         real = f"{root}/{PLACES[dataset]}"
-        found = splits(real) or splits(f"{root}/{dataset}/{dataset}_")
+        found = splits(real) or splits(f"{root}/{dataset}/{dataset}_")       # procedural cars
         if dataset not in TOYS and not found:
             fail(f"no {dataset}: expected {real}{{train,test}}/<object>/; see README.md")
         return found
@@ -431,9 +406,10 @@ def find(root, dataset):
     return {"train": whole, "test": whole, **found}
 
 
-def list_objects(folder, split, shared):
-    """The folders of a split's objects. shared: the folder holds both splits; every tenth object is
+def list_objects(folders, split):
+    """The folders of a split's objects. If one folder stands for two splits, every tenth object is
     for testing, a single one for both."""
+    folder = folders[split]
     if layout(folder, split):                                  # itself an object
         return [folder]
     found = sorted([*folder.glob("[!.]*"), *folder.glob("chairs_2.0_*/[!.]*")])
@@ -444,7 +420,7 @@ def list_objects(folder, split, shared):
     if not found:
         fail(f"{folder}: no objects with cameras in it: transforms.json, or intrinsics.txt with "
              "pose/ and rgb/, or CO3D's focal_lengths.npy, or <clip>.txt beside <clip>/*.jpg")
-    if shared:
+    if list(folders.values()).count(folder) > 1:
         test = found[9::10] or found[-1:]
         found = test if split == "test" else [x for x in found if x not in test] or test
     return found
@@ -507,20 +483,3 @@ def parallel(function, jobs, title):
     with reading(title, "done"), ProcessPoolExecutor(min(cores, 32), context, *deaf) as pool:
         run = map if len(jobs) < 8 else pool.map               # fewer are not worth the processes
         yield from tqdm(run(function, jobs), title, len(jobs), leave=False)
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Prepare a dataset and print what it holds.")
-    parser.add_argument("dataset", help=f"{', '.join(DATASETS)}, or path/to/your/own")
-    for flag, default in dict(root="data", size=128, n_train=200, n_test=24, seed=0).items():
-        parser.add_argument(f"--{flag}", default=default, type=type(default))
-    prepare(**vars(parser.parse_args()))
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        fail("stopped; the same command goes on")
-    except OSError as e:
-        fail(e)

@@ -784,33 +784,39 @@ def test_the_packed_file_is_rebuilt_when_a_file_changes_and_never_used_half_writ
 
 
 def test_alpha_is_straight_but_in_srn_only_a_mask(tmp_path):
-    """Against pixels by hand: translucent, of 16 bits, of the value that a PNG has transparent."""
-    def read(pixel, kind=np.uint8, background=(1, 1, 1), **more):
-        picture = Image.fromarray(np.full((2, 3, *np.shape(pixel)), pixel, kind))
+    """Against pixels by hand: translucent, of the value that a PNG has transparent."""
+    def read(pixel, background=(1, 1, 1), **more):
+        picture = Image.fromarray(np.full((2, 3, *np.shape(pixel)), pixel, np.uint8))
         picture.save(tmp_path / "x.png", **more)
         return data.on_background(data.read_rgba(tmp_path / "x.png"), background)[0, 0].tolist()
     assert read((205, 55, 5, 128), background=(0, 0, 0)) == [103, 28, 3]
     assert read((0, 0, 0, 0)) == [255, 255, 255]
-    assert read(77) == read(257 * 77, np.uint16) == read(77, transparency=78) == [77] * 3
-    assert read(77, transparency=77) == read(300, np.uint16, transparency=300) == [255] * 3
+    assert read(77) == read(77, transparency=78) == [77] * 3
+    assert read(77, transparency=77) == [255] * 3
     write_srn(tmp_path / "a", LOOKS[:1], WIDE, [np.full((32, 32, 4), 128, np.uint8)])
     pixels, _, _ = data.read_object(tmp_path / "a", "train", 32, dict(background=(1., 1., 1.)))
     assert (pixels == 128).all()
 
 
-@pytest.mark.parametrize("depth, colour, row, key, grey", [
-    (2, 0, b"\x60", b"\0\x02", 85), (4, 0, b"\x35", b"\0\x05", 51),
-    (16, 2, b"\x33\x33" * 3 + b"\x55\xf0" * 3, b"\x55\xf0" * 3, 51)])
-def test_the_transparent_value_of_a_png_has_its_depth(depth, colour, row, key, grey, tmp_path):
-    """Against two pixels, written by hand: the first is grey, the second has the value of tRNS."""
+@pytest.mark.parametrize("depth, colour, row, key, want", [
+    (1, 0, b"\x40", b"\0\1", [0, 0]), (2, 0, b"\x60", b"\0\2", None),
+    (4, 0, b"\x35", b"\0\5", None), (16, 0, b"\x33\x34\x55\xf0", b"", None),
+    (16, 2, b"\x33\x34" * 3 + b"\x55\xf0" * 3, b"", [51, 255]),             # the upper bytes
+    (16, 2, b"\x33\x34" * 3 + b"\x55\xf0" * 3, b"\x55\xf0" * 3, None)])
+def test_a_png_that_has_not_8_bits_is_read_or_refused(depth, colour, row, key, want, tmp_path):
+    """Against two pixels, written by hand: red of the first, alpha of the second, which has the
+    transparent value of tRNS if there is a key."""
     chunk = lambda name, body: (len(body).to_bytes(4, "big") + name + body
                                 + zlib.crc32(name + body).to_bytes(4, "big"))
-    size = bytes([0, 0, 0, 2, 0, 0, 0, 1, depth, colour, 0, 0, 0])
-    content = chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b"")
-    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size)
-                                     + chunk(b"tRNS", key) + content)
-    first, second = np.asarray(data.read_rgba(tmp_path / "x.png"))[0]
-    assert first.tolist() == [grey] * 3 + [255] and second[3] == 0
+    path, size = tmp_path / "x.png", bytes([0, 0, 0, 2, 0, 0, 0, 1, depth, colour, 0, 0, 0])
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + (key and chunk(b"tRNS", key))
+                     + chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b""))
+    if want:
+        first, second = np.asarray(data.read_rgba(path))[0].tolist()
+        assert [first[0], second[3]] == want
+    else:
+        said = refused(data.read_rgba, path)
+        assert f"{path}: not a readable image (ValueError not 8 bits a channel" in said
 
 
 POSE, PICTURE, NERF, MASKED = ("pose/000003.txt", "rgb/000003.png", "transforms.json",
@@ -885,7 +891,8 @@ def write_own(folder, camera=(), frame=(), hw=(64, 64), pixel=(90, 90, 90)):
     (dict(camera=dict(fl_x=math.nan)), "focal"), (dict(frame=dict(cx=65)), "principal"),
     (dict(camera=dict(fl_x=None, fl_y=None, camera_angle_x=40)), "focal"),      # degrees
     (dict(camera=dict(camera_angle_x=1.2)), "camera_angle_x and fl_x"),
-    (dict(hw=(128, 64)), "0.png"), (dict(frame=dict(mask_path="no.png")), "no.png")])
+    (dict(hw=(128, 64)), "0.png"),
+    (dict(frame=dict(mask_path="4.png")), "transforms.json: ['mask_path'] cannot be used")])
 def test_transforms_are_read_as_documented_and_what_is_no_pinhole_is_refused(more, want, tmp_path):
     """Against the pinhole that each file describes, or the field that a pinhole cannot have."""
     own = str(write_own(tmp_path / "own", **more))
@@ -896,21 +903,11 @@ def test_transforms_are_read_as_documented_and_what_is_no_pinhole_is_refused(mor
         np.testing.assert_allclose(views.K[:, :4], np.tile(want, (5, 1)), rtol=1e-5)
 
 
-def test_masks_and_transparency_become_background(tmp_path):
-    """Against nerfstudio's rule, black is to be ignored; a pane in front of white."""
-    own = write_own(tmp_path / "own", frame=dict(mask_path="masks/4.png"),
-                    pixel=(180, 180, 190, 128))
-    (own / "masks").mkdir()
-    mask = np.zeros((64, 64), np.uint8)
-    mask[:, 32:] = 1                                                # white, of bits
-    for how in mask, mask * 255, mask > 0:
-        Image.fromarray(how).save(own / "masks/4.png")
-        images = data.load(tmp_path, str(own), "train", 64).images
-        assert (images[4, :, :, :32] == 255).all()
-        for pane in images[:4], images[4:, :, :, 32:]:
-            assert (pane == torch.tensor([217, 217, 222])[:, None, None]).all()
-    Image.fromarray(mask[:32]).save(own / "masks/4.png")
-    assert "masks/4.png" in refused(data.load, tmp_path, str(own), "train", 64)
+def test_transparency_becomes_background(tmp_path):
+    """Against a pane in front of white, by hand."""
+    own = write_own(tmp_path / "own", pixel=(180, 180, 190, 128))
+    images = data.load(tmp_path, str(own), "train", 64).images                # (5, 3, 64, 64)
+    assert (images == torch.tensor([217, 217, 222])[:, None, None]).all()
 
 
 def test_what_cannot_be_used_is_explained_in_one_line(cars, tmp_path):
@@ -932,9 +929,9 @@ def test_what_cannot_be_used_is_explained_in_one_line(cars, tmp_path):
 def test_a_full_disk_and_a_killed_packer_leave_nothing_that_two_runs_at_once_use(cars, tmp_path):
     """Against the real things, a limit on the size of files and SIGKILL; then one run alone."""
     root, new = copy_of(cars, tmp_path), tmp_path / "new"
-    command = lambda place: [sys.executable, str(HERE / "data.py"), "cars", f"--root={place}",
-                             "--size=128", "--n_train=2", "--n_test=1"]       # as a user calls it
-    run = lambda place: subprocess.Popen(command(place), stdout=subprocess.DEVNULL)
+    code = "import data; data.prepare('cars', {!r}, n_train=2, n_test=1)"     # as a user calls it
+    command = lambda place: [sys.executable, "-c", code.format(str(place))]
+    run = lambda place: subprocess.Popen(command(place), stdout=subprocess.DEVNULL, cwd=HERE)
     for most, place, said in (1000, root, "free some space"), (2, new, "making cars"):
         full = with_files_of_at_most(most, command(place))
         assert full.returncode == 1 and "Traceback" not in full.stderr
