@@ -2244,11 +2244,11 @@ def unpacked(html):
     text = html.split('<script id="scene" type="application/json">')[1].split("</script>")[0]
     scene = json.loads(text)
     for o in scene["objects"]:
-        planes = np.frombuffer(zlib.decompress(base64.b64decode(o["data"])), np.uint8)
-        planes = planes.reshape(o["states"] + 1, 23, o["n"])
-        high = planes[1:].cumsum(0, dtype=np.uint8)[::-1].astype(int)         # (states, 23, n)
-        o["q"] = 256 * high + 128
-        o["q"][-1] += planes[0].astype(int) - 128
+        planes = np.frombuffer(zlib.decompress(base64.b64decode(o["data"])), np.uint8).astype(int)
+        low, *high = planes.reshape(23, o["n"], -1).transpose(2, 0, 1)        # (23, n) each
+        o["q"] = 256 * np.stack(high) + 128                                   # (states, 23, n)
+        o["q"][-1] += low - 128
+        assert len(high) == o["states"]
     return scene
 
 
