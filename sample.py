@@ -2,11 +2,9 @@
 
     python sample.py car.png --samples 8 --seed 1              # any picture of one object
     python sample.py car.png --view back.png --pose back.txt   # guided by a further view
-    python sample.py path/to/object --views 64,104             # view 64 of a dataset's object,
-                                                               # guided by its view 104
+    python sample.py path/to/object --views 64,104             # a dataset's view 64, guided by 104
 writes into out/car/: viewer.html, a page to look around in; sample.png, the input and the samples
-from several sides; film.webp, the denoising, then a turn; a .ply of each sample, in the layout of
-3D Gaussian Splatting. The same seed gives the same files.
+from several sides; film.webp, the denoising, then a turn; and a .ply of each sample.
 """
 import argparse
 import base64
@@ -91,8 +89,7 @@ def results(denoiser, teacher, meta, a):
         look |= dict(distance=g.xyz[..., 2].median().item(), elevation=a.elevation or 0, sway=SWAY)
     elif a.elevation is None:
         look["elevation"] = estimate_elevation(g, middle)
-        print(f"{a.image}: taken to look down by {look['elevation']} degrees, an estimate; if the "
-              "splats are tilted, give --elevation")
+        print(f"{a.image}: taken to look down by {look['elevation']} degrees; or give --elevation")
     place = lambda s: upright(to_gaussians(s), look, w)
     states = [place(s) for s in trail]                                        # (B, N, ..) each
     turn = [photograph(states[-1], angle, look) for angle in around]          # (B, h, w, 3) each
@@ -147,13 +144,15 @@ def orbit(angle, look):
     s = math.sin(down)
     x = math.cos(angle)
     y = math.sin(angle)
-    R_t = [[x, 0, y, 0], [s * y, c, -s * x, 0], [-c * y, s, c * x, look["distance"]]]
-    return torch.tensor([[[*R_t, [0, 0, 0, 1]]]])
+    return torch.tensor([[[[x, 0, y, 0],
+                           [s * y, c, -s * x, 0],
+                           [-c * y, s, c * x, look["distance"]],
+                           [0, 0, 0, 1]]]])
 
 
 def upright(g, look, width):
-    """From the source camera's frame to the upright one. The splats get the width in world units by
-    which the renderer widened them in training: LOW_PASS px^2. From nearer there were gaps else."""
+    """From the source camera's frame to the upright one. In training the renderer widens splats by
+    LOW_PASS px^2; here they get that width in world units, or gaps would open from nearer."""
     depth = g.xyz[..., 2:] if "sway" in look else look["distance"]     # (B, N, 1) of a scene
     pixel = depth / (look["focal"] * width)                                   # as depth
     g = g._replace(scale=(g.scale ** 2 + LOW_PASS * pixel ** 2).sqrt())       # (B, N, 3)
@@ -228,8 +227,9 @@ def told_views(views, o, n):
     """The source view of test object o and n random others: indices (1 + n,). Evenly spaced ones
     may all be from one side, as SRN's test cameras wind around the object."""
     index = own_views(views, o)                                               # (V,)
-    order = torch.randperm(len(index) - 1, generator=torch.Generator().manual_seed(o))
-    return torch.cat([index[:1], index[1:][order[:n]]])
+    generator = torch.Generator().manual_seed(o)
+    index[1:] = index[1:][torch.randperm(len(index) - 1, generator=generator)]
+    return index[:1 + n]
 
 
 def scene(views, index, cfg):
@@ -592,10 +592,9 @@ def arguments():
 @torch.no_grad()
 def main():
     a = arguments().parse_args()
-    if not (1 <= a.samples <= 85 and a.steps >= 0 and 0 <= a.seed < 2 ** 63
-            and abs(a.elevation or 0) <= 90):
-        fail("give --samples from 1 to 85, as a .webp is full then; --steps of 0 or more; --seed "
-             "from 0, below 2 to the 63rd; --elevation from -90 to 90")
+    elevation = abs(a.elevation or 0)
+    if not (1 <= a.samples <= 85 and a.steps >= 0 and 0 <= a.seed < 2 ** 63 and elevation <= 90):
+        fail("give --samples 1 to 85, --steps from 0, --seed 0 to 2^63 - 1, --elevation -90 to 90")
     out = a.out or Path("out", a.image.absolute().stem)
     if out.resolve() in [file.resolve().parent for file in (a.image, *a.view)]:
         fail(f"{out}: there is an input in it, which may be written over; choose another --out")
