@@ -12,7 +12,6 @@ import io
 import json
 import math
 import os
-import sys
 import zlib
 from pathlib import Path
 
@@ -89,7 +88,7 @@ def results(denoiser, teacher, meta, a):
         look |= dict(distance=g.xyz[..., 2].median().item(), elevation=a.elevation or 0, sway=SWAY)
     elif a.elevation is None:
         look["elevation"] = estimate_elevation(g, middle)
-        print(f"{a.image}: taken to look down by {look['elevation']} degrees; or give --elevation")
+        print(f"{a.image}: taken to look down by {look['elevation']} degrees, or give --elevation")
     place = lambda s: upright(to_gaussians(s), look, w)
     states = [place(s) for s in trail]                                        # (B, N, ..) each
     turn = [photograph(states[-1], angle, look) for angle in around]          # (B, h, w, 3) each
@@ -119,11 +118,11 @@ def results(denoiser, teacher, meta, a):
 
 
 # ---- cameras -------------------------------------------------------------------------------------
-# A network's splats live in its source camera's frame; all that leaves this file is in the upright
-# one: the object's middle at the origin, level OpenCV axes (y down, z forward), as viewers of .ply
-# files expect. `look` is a dict: distance of the middle; elevation, degrees by which the source
-# camera looks down; focal / width; aspect, width / height in square pixels; background; sway, only
-# of clips; and for the page near, and differ, the side in degrees of its thumbnails.
+# A network's splats live in its source camera's frame, what is written in the upright one: the
+# object's middle at the origin, level OpenCV axes (y down, z forward). `look` is a dict: distance
+# of the middle; elevation, degrees by which the source camera looks down; focal / width; aspect,
+# width / height in square pixels; background; sway, only of clips; and for the page near, and
+# differ, the side in degrees of its thumbnails.
 
 def estimate_elevation(g, distance):
     """Degrees from 0 to 60 for B samples g of one object in the source camera's frame (ours). Level
@@ -133,8 +132,7 @@ def estimate_elevation(g, distance):
     angles = np.radians(np.arange(61))[:, None]                               # (61, 1)
     heights = y * np.cos(angles) + (z - 96) * np.sin(angles)                  # (61, n)
     counts = np.stack([np.histogram(h, np.arange(-60, 61))[0] for h in heights])      # (61, 120)
-    order = (counts * np.log(counts.clip(1))).sum(1)                          # (61,) - n x entropy
-    return int(order.argmax())
+    return int((counts * np.log(counts.clip(1))).sum(1).argmax())             # of - n x entropy
 
 
 def orbit(angle, look):
@@ -184,8 +182,8 @@ def ssim(x_hat, x):
     k = (k.outer(k) / k.sum() ** 2).expand(3, 1, 11, 11)                      # (3, 1, 11, 11)
     terms = torch.cat([x_hat, x, x_hat ** 2 + x ** 2, x_hat * x])             # (4 M, 3, H, W)
     a, b, squares, product = F.conv2d(terms, k, padding=5, groups=3).chunk(4)
-    value = ((2 * a * b + 0.01 ** 2) * (2 * (product - a * b) + 0.03 ** 2)
-             / ((a ** 2 + b ** 2 + 0.01 ** 2) * (squares - a ** 2 - b ** 2 + 0.03 ** 2)))
+    value = ((2 * a * b + 1e-4) * (2 * (product - a * b) + 9e-4)
+             / ((a ** 2 + b ** 2 + 1e-4) * (squares - a ** 2 - b ** 2 + 9e-4)))
     return value.flatten(1).mean(1)
 
 
@@ -195,8 +193,7 @@ def own_views(views, o):
     first, end = views.start[o:o + 2].tolist()
     n = end - first
     source, *_ = views.meta["listed"].get(views.names[o], [views.meta.get("source", n // 2)])
-    if source >= n:
-        source = 0
+    source = source if source < n else 0
     window = views.meta.get("window", n)
     others = [i for i in range(n) if 0 < abs(i - source) <= window]
     return first + torch.tensor([source, *others])
@@ -273,7 +270,8 @@ def hidden(depth, alpha, cam, frame=False):
     n = torch.arange(H * W, device=depth.device)                              # (HW,)
     f, c = cam.K[0, :, :4, None].split(2, 1)                                  # (V, 2, 1)
     z = (depth / alpha.clamp(min=1e-3)).flatten(2)                            # (V, 1, HW)
-    xyz = torch.cat([(torch.stack([n % W, n // W]) + 0.5 - c) / f * z, z], 1)     # (V, 3, HW)
+    pixel = torch.stack([n % W, n // W]) + 0.5                                # (2, HW)
+    xyz = torch.cat([(pixel - c) / f * z, z], 1)                              # (V, 3, HW)
     R, t = invert_pose(cam.w2c[0])[:, :3].split([3, 1], 2)                    # to the first camera
     xyz = R @ xyz + t                                                         # (V, 3, HW)
     xy = xyz[:, :2] / xyz[:, 2:] * f[0] + c[0]                                # (V, 2, HW)
@@ -383,7 +381,7 @@ def evaluate_few(teacher, student, views, cfg):
     """Scores on a few test objects in 5 views of each, for a curve."""
     few, n = (32, 16) if cfg.device.startswith("cuda") else (6, 4)            # objects, samples
     predict = predictor(teacher, student, views, cfg, n=n)
-    return average_scores(evaluate(predict, views, cfg, 5, range(min(few, len(views)))))
+    return average_scores(evaluate(predict, views, cfg, 5, range(len(views))[:few]))
 
 
 @torch.no_grad()
@@ -391,9 +389,9 @@ def preview(teacher, student, views, cfg):
     """Writes preview.png, a row for each of 6 objects: the source view; from the opposite side the
     truth, the teacher, the student's samples. The student may be None."""
     rows = []
-    for o in range(min(6, len(views))):
+    for o in range(len(views))[:6]:
         x, cam, background = scene(views, opposite_views(views, o), cfg)      # (1, 2, 3, H, W)
-        row = [*x[0]]
+        row = [*x[0]]                                                         # (3, H, W) each
         for network in [None, student] if student else [None]:
             g = predictor(teacher, network, views, cfg, n=min(cfg.samples, 8))(o)     # (n, N, ..)
             row += renderings(g, cam.views([1]), background)[:, 0]            # (n, 3, H, W)
@@ -421,8 +419,9 @@ def ply_bytes(g):
     rest = F.pad(g.sh[0, :, 1:].mT, (0, 12)).flatten(1)                       # we have degree 1
     columns = torch.cat([g.xyz[0], torch.zeros_like(g.xyz[0]), g.sh[0, :, 0], rest,
                          g.opacity[0, :, None].logit(2 ** -23), g.scale[0].log(), g.quat[0]], 1)
-    header = "\n".join(["ply", "format binary_little_endian 1.0", f"element vertex {len(columns)}",
-                        *(f"property float {name}" for name in PLY), "end_header\n"])
+    properties = "".join(f"property float {name}\n" for name in PLY)
+    header = (f"ply\nformat binary_little_endian 1.0\nelement vertex {len(columns)}\n"
+              f"{properties}end_header\n")
     return header.encode() + columns.cpu().numpy().astype("<f4").tobytes()
 
 
@@ -440,9 +439,9 @@ def to_pixels(x):
 
 
 def quantise(states):
-    """Gaussians of every state of one object, each (1, N, ..) -> dict for the page, of the n splats
-    that are drawn in some state. Their 23 numbers xyz, opacity, quat, log scale, 4 x rgb of SH are
-    0..65535, from low to high (23,)."""
+    """Gaussians of every state of one object, each (1, N, ..) -> dict for the page. It has the n
+    splats that some state draws: xyz, opacity, quat, log scale, 4 x rgb of SH, 0..65535 each, from
+    low to high (23,)."""
     x = torch.stack([torch.cat([g.xyz[0], g.opacity[0, :, None], g.quat[0],
                                 g.scale[0].clamp(min=1e-9).log(), g.sh[0].flatten(1)], 1)
                      for g in states]).cpu().numpy()                          # (states, N, 23)
@@ -468,7 +467,7 @@ def viewer_html(title, picture, objects, look):
     packed = [dict(name=name, **quantise(states)) for name, states in objects.items()]
     content = json.dumps(dict(title=title, picture=base64.b64encode(picture).decode(),
                               objects=packed, look=look))
-    page = (HERE / "assets" / "viewer.html").read_text(encoding="utf-8")
+    page = (HERE / "assets/viewer.html").read_text(encoding="utf-8")
     # Inside <script> only "<" could end the text early; JSON has another spelling for it.
     return page.replace("{{scene}}", content.replace("<", "\\u003c"))
 
@@ -503,7 +502,7 @@ def frame(path, image, background):
     y, x = np.nonzero(cover > 0.5)
     if noise > 24:
         print(f"warning: {path}: its background has more than one colour; for good splats cut the "
-              "object out, on a transparent or plain ground", file=sys.stderr)
+              "object out")
     elif not len(x):
         fail(f"{path}: there is nothing but background; give a picture of an object")
     else:
@@ -525,8 +524,7 @@ def prepare(path, cfg, meta, posed=False):
         image.putalpha(255)                                # and their alpha is only the mask
     image.thumbnail((16 * cfg.size, 16 * cfg.size))
     if cfg.aspect != 1:
-        fx, fy = meta["K"][:2]
-        shape = cfg.aspect * fy / fx                                          # width / height
+        shape = cfg.aspect * meta["K"][1] / meta["K"][0]                      # width / height
         w = min(image.width, round(image.height * shape))
         h = min(image.height, round(image.width / shape))
         corner = (np.array(image.size) - (w, h)) // 2                         # x y
@@ -578,7 +576,7 @@ def arguments():
     add("--pose", action="append", type=Path, default=[], help="of each --view, a file: the rigid "
         "4 x 4 matrix, by rows, from its camera to the source's camera, both with OpenCV's axes "
         "(x right, y down, z forward), in the world units of the training data")
-    add("--weights", type=Path, default=HERE / "weights" / "cars.pt",
+    add("--weights", type=Path, default=HERE / "weights/cars.pt",
         help="of train.py, beside its teacher.pt; default weights/cars.pt")
     add("--out", type=Path, help="default out/<name of the input>")
     add("--device", default="", help="default: the GPU if there is one")

@@ -1964,7 +1964,7 @@ def test_every_training_view_passes_unchanged(cars, capsys):
         as_trained = data.resize(np.asarray(Image.open(path).convert("RGB")), (32, 32))
         x = sample.prepare(path, ModelConfig(size=32), dict(background=(1., 1., 1.)))
         assert (x == as_trained).all(), path
-    assert len(files) == 351 and not capsys.readouterr().err
+    assert len(files) == 351 and not capsys.readouterr().out
 
 
 @pytest.mark.parametrize("ground, turned, spoilt", [
@@ -1993,7 +1993,7 @@ def test_a_subject_is_framed_as_in_training(ground, turned, spoilt, tmp_path, ca
     low, high = np.array([x.min(), y.min()]), np.array([x.max(), y.max()]) + 1
     box = np.array([*(high - low), *(low + high) / 2]) / 64
     assert abs(box - [sample.SHARE, sample.SHARE / 2, *sample.MIDDLE]).max() < 0.03
-    assert not capsys.readouterr().err
+    assert not capsys.readouterr().out
     assert (pixels[:10] == 255).all() and abs(pixels[34, 32] - [180., 30, 40]).max() < 12
 
 
@@ -2047,7 +2047,7 @@ def test_a_picture_has_its_folder_and_no_input_is_written_over(tiny, tmp_path, m
     PHOTO.save("photo.jpg")
     assert not make(monkeypatch, tiny, "photo.jpg")
     assert [p.name for p in Path("out").iterdir()] == ["photo"]
-    assert "background has more than one colour" in capsys.readouterr().err
+    assert "background has more than one colour" in capsys.readouterr().out
     for args, said in ((["gone.png"], "gone"),
                        (["photo.jpg", "--out=photo.jpg/out"], "photo.jpg/out")):
         line, = make(monkeypatch, tiny, *args)
