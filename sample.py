@@ -518,7 +518,7 @@ def frame(path, image, background):
 
 def prepare(path, cfg, meta, posed=False):
     """A file -> (H, W, 3) uint8 as in training. posed: its camera is given, so it is not cropped.
-    For clips it is cropped around its centre to the shape that their frames have unstretched."""
+    For clips, a picture that is no frame of one is cropped to the shape of unstretched frames."""
     image = data.read_rgba(path)
     if (path.parent.parent / "intrinsics.txt").exists():   # SRN's pictures are composited already,
         image.putalpha(255)                                # and their alpha is only the mask
@@ -528,7 +528,8 @@ def prepare(path, cfg, meta, posed=False):
         w = min(image.width, round(image.height * shape))
         h = min(image.height, round(image.width / shape))
         corner = (np.array(image.size) - (w, h)) // 2                         # x y
-        image = image.crop((*corner, *corner + (w, h)))
+        if not data.clip_file(path.parent).exists():
+            image = image.crop((*corner, *corner + (w, h)))
     elif not posed:
         image = frame(path, image, meta["background"])
     elif image.width != image.height:
