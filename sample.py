@@ -2,11 +2,9 @@
 
     python sample.py car.png --samples 8 --seed 1              # any picture of one object
     python sample.py car.png --view back.png --pose back.txt   # guided by a further view
-    python sample.py path/to/object --views 64,104             # view 64 of a dataset's object,
-                                                               # guided by its view 104
-writes into out/car/: viewer.html, a page to look around in; sample.png, the input and every sample
-from several sides; film.webp, the samples condensing from noise, then a turn; and for each sample a
-.ply in the standard 3DGS layout. The same seed gives the same files.
+    python sample.py path/to/object --views 64,104             # a dataset's view 64, guided by 104
+writes into out/car/: viewer.html, a page to look around in; sample.png, the input and the samples
+from several sides; film.webp, the denoising, then a turn; and a .ply of each sample.
 """
 import argparse
 import base64
@@ -14,7 +12,6 @@ import io
 import json
 import math
 import os
-import sys
 import zlib
 from pathlib import Path
 
@@ -57,11 +54,13 @@ def renderings(g, cam, background):
     return render(g, Camera(w2c, K, cam.hw), background)[0]
 
 
-def sample_splats(denoiser, alone, x, cam, background, eps, steps):
-    """Denoises eps (B, 24, H, W) to B samples of the object in x (1, V, 3, h, w), whose first view
-    is the source; the others guide. alone: the teacher's raw splats (1, 24, H, W), told nothing.
+def sample_splats(denoiser, teacher, x, cam, background, generators, steps):
+    """B samples of the object in x (1, V, 3, h, w): its first view is the source, the others guide.
+    Each of B generators draws the noise of a sample, on the CPU: the same for every device.
     -> s_hat (B, 24, H, W), and the function that makes Gaussians of such splats."""
-    mean = denoiser.mean(alone)                                               # (1, 24, H, W)
+    eps = [torch.randn(S, *denoiser.cfg.hw, generator=generator) for generator in generators]
+    eps = torch.stack(eps).to(x.device)                                       # (B, 24, H, W)
+    mean = denoiser.mean(teacher(x[:, :1]))                                   # (1, 24, H, W)
     to_gaussians = lambda s: denoiser.gaussians(s, mean, cam.K[:, 0])
     guide = guidance(to_gaussians, x, cam, background)
     x_src = x[:, 0].expand(len(eps), -1, -1, -1)                              # (B, 3, h, w)
@@ -71,17 +70,15 @@ def sample_splats(denoiser, alone, x, cam, background, eps, steps):
 def results(denoiser, teacher, meta, a):
     """Yields (name, bytes) of every file that is made."""
     x, cam, background = read_views(denoiser.cfg, meta, a)                    # (1, V, 3, H, W)
-    h, w = cam.hw
     K = cam.K[:, 0]                                                           # (1, 4 or 5)
-    alone = teacher(x[:, :1])                                                 # (1, 24, H, W) raw
-    noise = torch.Generator().manual_seed(a.seed)      # on the CPU: the same for every device
-    eps = torch.randn(a.samples, S, *denoiser.cfg.hw, generator=noise).to(a.device)
+    noise = [torch.Generator().manual_seed(a.seed)] * a.samples
     trail = []             # s_t of every DDIM step, then the result: (B, 24, H, W) each
     with denoiser.register_forward_pre_hook(lambda _, inputs: trail.append(inputs[0].detach())):
-        s, to_gaussians = sample_splats(denoiser, alone, x, cam, background, eps, a.steps)
+        s, to_gaussians = sample_splats(denoiser, teacher, x, cam, background, noise, a.steps)
     trail.append(s)
-    middle = (denoiser.cfg.near + denoiser.cfg.far) / 2 + K[0, 4:].sum().item()
+    h, w = cam.hw
     fx, fy = K[0, :2].tolist()
+    middle = (denoiser.cfg.near + denoiser.cfg.far) / 2 + K[0, 4:].sum().item()
     look = dict(distance=middle, elevation=a.elevation, focal=fx / w, aspect=fy / h * w / fx,
                 background=meta["background"], near=NEAR)
     g = to_gaussians(s)                                                       # (B, N, ..)
@@ -91,21 +88,19 @@ def results(denoiser, teacher, meta, a):
         look |= dict(distance=g.xyz[..., 2].median().item(), elevation=a.elevation or 0, sway=SWAY)
     elif a.elevation is None:
         look["elevation"] = estimate_elevation(g, middle)
-        print(f"{a.image}: taken to look down by {look['elevation']} degrees, an estimate; if the "
-              "splats are tilted, give --elevation")
+        print(f"{a.image}: taken to look down by {look['elevation']} degrees, or give --elevation")
     place = lambda s: upright(to_gaussians(s), look, w)
     states = [place(s) for s in trail]                                        # (B, N, ..) each
     turn = [photograph(states[-1], angle, look) for angle in around]          # (B, h, w, 3) each
-    spread = [x.std(0, ddof=min(1, a.samples - 1)).mean() / 255 for x in turn]
-    most = int(np.argmax(spread))
+    most = int(np.argmax([x.std(0).mean() for x in turn]))     # where the samples differ most
     sides = {round(around[i]): i for i in (0, most, *range(0, FRAMES, FRAMES // 4))}
     pixels = to_pixels(x[0, 0])                                               # (H, W, 3)
-    picture = Image.fromarray(pixels).resize(turn[0].shape[2:0:-1], Image.Resampling.BICUBIC)
-    rows = [np.hstack([picture, *(turn[i][k] for i in sides.values())]) for k in range(a.samples)]
-    yield "sample.png", encoded([np.vstack(rows)], "PNG")
+    picture = Image.fromarray(pixels).resize(turn[0].shape[2:0:-1])
+    columns = [[picture] * a.samples, *(turn[i] for i in sides.values())]
+    yield "sample.png", encoded([np.hstack([np.vstack(x) for x in columns])], "PNG")
 
     objects = {f"sample {k}": [one(state, k) for state in states] for k in range(a.samples)}
-    objects["teacher"] = [upright(teacher.gaussians(alone, K), look, w)]
+    objects["teacher"] = [upright(teacher.gaussians(teacher(x[:, :1]), K), look, w)]
     look["differ"] = around[most]
     page = viewer_html(a.image.name, encoded([pixels], "PNG"), objects, look)
     yield "viewer.html", page.encode()
@@ -120,29 +115,24 @@ def results(denoiser, teacher, meta, a):
     yield "film.webp", encoded(film, "WEBP", save_all=True, duration=83, loop=0)     # 12 a second
     for k in range(a.samples):
         yield f"sample_{k}.ply", ply_bytes(one(states[-1], k))
-    if a.samples > 1:
-        print(f"the {a.samples} samples differ most from {around[most]:.0f} degrees around the "
-              f"object: standard deviation {spread[most]:.4f} of 1 there, {spread[0]:.4f} at the "
-              "picture's own side")
 
 
 # ---- cameras -------------------------------------------------------------------------------------
-# A network's splats live in its source camera's frame; all that leaves this file is in the upright
-# one: the object's middle at the origin, level OpenCV axes (y down, z forward), as viewers of .ply
-# files expect. `look` is a dict: distance; elevation, degrees by which the source camera looks
-# down; focal / width of the picture; aspect, its width / height if its pixels were square;
-# background; sway, of clips; for the page near, and differ, the side in degrees of its thumbnails.
+# A network's splats live in its source camera's frame, what is written in the upright one: the
+# object's middle at the origin, level OpenCV axes (y down, z forward). `look` is a dict: distance
+# of the middle; elevation, degrees by which the source camera looks down; focal / width; aspect,
+# width / height in square pixels; background; sway, only of clips; and for the page near, and
+# differ, the side in degrees of its thumbnails.
 
 def estimate_elevation(g, distance):
-    """Degrees from 0 to 60 for B samples g of one object in the source camera's frame (ours). What
-    stands on level ground has level parts, such as roof and sill: at the right angle its splats
-    are at few heights, so the entropy of their heights is least."""
+    """Degrees from 0 to 60 for B samples g of one object in the source camera's frame (ours). Level
+    parts, such as roof and sill, put the splats at few heights: at the right angle the entropy of
+    their heights is least."""
     _, y, z = (g.xyz[g.opacity > 0.3] * 96 / distance).T.cpu().numpy()        # (n,) levels
     angles = np.radians(np.arange(61))[:, None]                               # (61, 1)
     heights = y * np.cos(angles) + (z - 96) * np.sin(angles)                  # (61, n)
     counts = np.stack([np.histogram(h, np.arange(-60, 61))[0] for h in heights])      # (61, 120)
-    order = (counts * np.log(counts.clip(1))).sum(1)                          # (61,) - n x entropy
-    return int(order.argmax())
+    return int((counts * np.log(counts.clip(1))).sum(1).argmax())             # of - n x entropy
 
 
 def orbit(angle, look):
@@ -152,14 +142,15 @@ def orbit(angle, look):
     s = math.sin(down)
     x = math.cos(angle)
     y = math.sin(angle)
-    R_t = [[x, 0, y, 0], [s * y, c, -s * x, 0], [-c * y, s, c * x, look["distance"]]]
-    return torch.tensor([[[*R_t, [0, 0, 0, 1]]]])
+    return torch.tensor([[[[x, 0, y, 0],
+                           [s * y, c, -s * x, 0],
+                           [-c * y, s, c * x, look["distance"]],
+                           [0, 0, 0, 1]]]])
 
 
 def upright(g, look, width):
-    """From the source camera's frame to the upright one. In training the renderer widens each
-    splat by LOW_PASS px^2; from nearer, or in more pixels, gaps would open between them. So they
-    get that width here, in world units."""
+    """From the source camera's frame to the upright one. In training the renderer widens splats by
+    LOW_PASS px^2; here they get that width in world units, or gaps would open from nearer."""
     depth = g.xyz[..., 2:] if "sway" in look else look["distance"]     # (B, N, 1) of a scene
     pixel = depth / (look["focal"] * width)                                   # as depth
     g = g._replace(scale=(g.scale ** 2 + LOW_PASS * pixel ** 2).sqrt())       # (B, N, 3)
@@ -173,8 +164,7 @@ def photograph(g, angle, look):
     f = look["focal"] * SIDE
     K = g.xyz.new_tensor([[[f, f, SIDE / 2, h / 2]]])                         # (1, 1, 4) pixels
     cam = Camera(orbit(math.radians(angle), look).to(K), K, (h, SIDE))
-    x = renderings(g, cam, K.new_tensor(look["background"]))                  # (B, 1, 3, h, w)
-    return to_pixels(x[:, 0])
+    return to_pixels(renderings(g, cam, K.new_tensor(look["background"]))[:, 0])
 
 
 # ---- how good they are ---------------------------------------------------------------------------
@@ -192,8 +182,8 @@ def ssim(x_hat, x):
     k = (k.outer(k) / k.sum() ** 2).expand(3, 1, 11, 11)                      # (3, 1, 11, 11)
     terms = torch.cat([x_hat, x, x_hat ** 2 + x ** 2, x_hat * x])             # (4 M, 3, H, W)
     a, b, squares, product = F.conv2d(terms, k, padding=5, groups=3).chunk(4)
-    value = ((2 * a * b + 0.01 ** 2) * (2 * (product - a * b) + 0.03 ** 2)
-             / ((a ** 2 + b ** 2 + 0.01 ** 2) * (squares - a ** 2 - b ** 2 + 0.03 ** 2)))
+    value = ((2 * a * b + 1e-4) * (2 * (product - a * b) + 9e-4)
+             / ((a ** 2 + b ** 2 + 1e-4) * (squares - a ** 2 - b ** 2 + 9e-4)))
     return value.flatten(1).mean(1)
 
 
@@ -201,40 +191,42 @@ def own_views(views, o):
     """Indices (V,) of test object o: its source view, or the first if there is none, then all
     others. Of a clip: the middle frame if no source is listed, then those within the window."""
     first, end = views.start[o:o + 2].tolist()
-    usual = views.meta.get("source", (end - first) // 2)
-    source, *_ = views.meta.get("listed", {}).get(views.names[o], [usual])
-    source = first + (source if source < end - first else 0)
-    window = views.meta.get("window", end)
-    return torch.tensor([source, *(i for i in range(first, end) if 0 < abs(i - source) <= window)])
+    n = end - first
+    source, *_ = views.meta["listed"].get(views.names[o], [views.meta.get("source", n // 2)])
+    source = source if source < n else 0
+    window = views.meta.get("window", n)
+    others = [i for i in range(n) if 0 < abs(i - source) <= window]
+    return first + torch.tensor([source, *others])
 
 
 def test_views(views, o, n=0):
     """Indices of test object o: its source view, then n evenly spaced targets, or all for n = 0. Of
     a clip, whatever n is: those listed, or 5 and 10 frames later and a random one."""
-    source, *index = own_views(views, o).tolist()
+    first, end = views.start[o:o + 2].tolist()
+    source, *others = own_views(views, o).tolist()
     if "window" in views.meta:
-        first, end = views.start[o:o + 2].tolist()
-        random = np.random.default_rng(o).choice(index or [source])
-        ours = np.array([source, source + 5, source + 10, random]) - first
-        listed = views.meta.get("listed", {}).get(views.names[o], ours)
-        return torch.tensor(listed).clamp(max=end - first - 1) + first        # (4,)
-    n = min(n, len(index)) or len(index)
-    return torch.tensor([source, *(index[i * len(index) // n] for i in range(n))])    # (1 + n,)
+        random = np.random.default_rng(o).choice(others or [source])
+        index = [first + i for i in views.meta["listed"].get(views.names[o], [])]
+        index = index or [source, source + 5, source + 10, random]
+        return torch.tensor(index).clamp(max=end - 1)                         # (4,)
+    n = min(n, len(others)) or len(others)
+    return torch.tensor([source, *(others[i * len(others) // n] for i in range(n))])
 
 
 def opposite_views(views, o):
-    """[source view of test object o, the view whose direction differs most]: indices."""
+    """The source view of test object o and the view whose direction differs most: indices (2,)."""
     index = own_views(views, o)                                               # (V,)
     axes = views.c2w[index, :3, 2].cpu()                                      # (V, 3)
-    return index[[0, int((axes @ axes[0]).argmin())]]                         # (2,)
+    return index[[0, int((axes @ axes[0]).argmin())]]
 
 
 def told_views(views, o, n):
     """The source view of test object o and n random others: indices (1 + n,). Evenly spaced ones
     may all be from one side, as SRN's test cameras wind around the object."""
     index = own_views(views, o)                                               # (V,)
-    order = torch.randperm(len(index) - 1, generator=torch.Generator().manual_seed(o))
-    return torch.cat([index[:1], index[1:][order[:n]]])
+    generator = torch.Generator().manual_seed(o)
+    index[1:] = index[1:][torch.randperm(len(index) - 1, generator=generator)]
+    return index[:1 + n]
 
 
 def scene(views, index, cfg):
@@ -263,25 +255,23 @@ def predictor(teacher, student, views, cfg, given=None, n=1):
         x, cam, background = scene(views, index, cfg)                         # (1, V, 3, H, W)
         if not student:
             return teacher.gaussians(teacher(x, cam, background), cam.K[:, 0])
-        seeds = [10**6 * (cfg.seed + 1) + 10**3 * o + k for k in range(n)]
-        eps = torch.stack([torch.randn(S, *student.cfg.hw, generator=torch.Generator()
-                                       .manual_seed(seed)) for seed in seeds]).to(cfg.device)
-        alone = teacher(x[:, :1])                                             # (1, 24, H, W) raw
-        s, to_gaussians = sample_splats(student, alone, x, cam, background, eps, cfg.steps)
+        seed = 10**6 * (cfg.seed + 1) + 10**3 * o
+        noise = [torch.Generator().manual_seed(seed + k) for k in range(n)]
+        s, to_gaussians = sample_splats(student, teacher, x, cam, background, noise, cfg.steps)
         return to_gaussians(s)                                                # (n, N, ..)
     return predict
 
 
 def hidden(depth, alpha, cam, frame=False):
     """Pixels that show what the first view does not: depth and alpha (V, 1, H, W) of renderings
-    from cam (B = 1) -> (V, H, W) bool. A pixel's point is moved into the first camera, and is
-    hidden there if it lies 0.05 world units or more behind what that camera sees; with `frame`,
-    for clips, also if it lies outside its picture."""
+    from cam (B = 1) -> (V, H, W) bool. Their points lie more than 0.05 world units behind what the
+    first camera sees; or, with `frame`, for clips, outside its picture."""
     V, _, H, W = depth.shape
     n = torch.arange(H * W, device=depth.device)                              # (HW,)
     f, c = cam.K[0, :, :4, None].split(2, 1)                                  # (V, 2, 1)
     z = (depth / alpha.clamp(min=1e-3)).flatten(2)                            # (V, 1, HW)
-    xyz = torch.cat([(torch.stack([n % W, n // W]) + 0.5 - c) / f * z, z], 1)     # (V, 3, HW)
+    pixel = torch.stack([n % W, n // W]) + 0.5                                # (2, HW)
+    xyz = torch.cat([(pixel - c) / f * z, z], 1)                              # (V, 3, HW)
     R, t = invert_pose(cam.w2c[0])[:, :3].split([3, 1], 2)                    # to the first camera
     xyz = R @ xyz + t                                                         # (V, 3, HW)
     xy = xyz[:, :2] / xyz[:, 2:] * f[0] + c[0]                                # (V, 2, HW)
@@ -298,13 +288,12 @@ def evaluate(predict, views, cfg, n_views, objects, title="", lpips=None):
     """Scores of each test object, a dict each. predict(o) makes the Gaussians of n samples.
 
     one, mean, best: PSNR in the n_views novel views of one sample (the average over samples), of
-    the samples' mean image, and of the best sample. std: the standard deviation between samples in
-    pixels that the source view hides. Of clips all is scored as in Flash3D, without a border of
-    5 %, and the three targets also one by one. Of procedural data also `cars.door_scores`."""
+    the samples' mean image, and of the best sample. std: between samples, in pixels that the source
+    view hides. Of clips as in Flash3D: without a border of 5 %, the three targets also one by one.
+    Of procedural data also `cars.door_scores`."""
     clips = "window" in views.meta
     border = [clips * math.ceil(0.05 * n) for n in views.meta["hw"]]          # pixels
     inner = ..., *(slice(n, -n or None) for n in border)
-    names = ("5", "10", "random") if clips else ()
     scores = []
     for o in tqdm(objects, title, leave=False, disable=not title):
         index = test_views(views, o, n_views)                                 # (V,)
@@ -320,8 +309,8 @@ def evaluate(predict, views, cfg, n_views, objects, title="", lpips=None):
         truth = x[0, shown]                                                   # (V', 3, h, w)
         each = psnr(novel, truth).mean(1)                                     # (n,)
         source, *targets = psnr(x_hat, x).mean(0)                             # (V,)
-        r = dict(zip(names, targets), one=each.mean(), ssim=ssim(novel[0], truth).mean(),
-                 source=source)
+        r = dict(zip(("5", "10", "random"), targets)) if clips else {}
+        r |= dict(one=each.mean(), ssim=ssim(novel[0], truth).mean(), source=source)
         if lpips:
             r["lpips"] = lpips(2 * novel[0] - 1, 2 * truth - 1).mean()
         if len(g.xyz) > 1:
@@ -352,8 +341,8 @@ def score_table(cfg, views, about):
     if cfg.lpips:
         from lpips import LPIPS
         lpips = LPIPS(net="vgg", verbose=False).to(cfg.device)
-    told = lambda views, o: told_views(views, o, cfg.told)
     teacher, meta = load_network(out / "teacher.pt", Teacher, cfg.device)
+    told = lambda views, o: told_views(views, o, cfg.told)
     rows = {}
     for name, given in {"teacher": None, f"teacher, told {cfg.told} views": told,
                         "stage 1": None, "stage 1, guided by 1": opposite_views,
@@ -373,12 +362,10 @@ def score_table(cfg, views, about):
                          lambda file: file.write(text.encode()))
     kind = "procedural" if views.meta["procedural"] else "real"
     h, w = views.meta["hw"]
-    targets = (f"view {views.meta['source']} in, {cfg.eval_views or 'all'} others out"
-               if "source" in views.meta else "middle frame in, 3 others out")
     record = json.dumps(dict(table=rows, kind=kind, **about), indent=1)
     write_atomically(out / "results.json", lambda file: file.write(record.encode()))
-    return (f"{views.meta['dataset']} ({kind}), {h}x{w}, {len(views)} {cfg.split} "
-            f"objects, {targets}, {cfg.samples} samples, seed {cfg.seed}\n{format_rows(rows)}")
+    return (f"{views.meta['dataset']} ({kind}), {h}x{w}, {len(views)} {cfg.split} objects, "
+            f"{cfg.samples} samples, seed {cfg.seed}\n{format_rows(rows)}")
 
 
 def format_rows(rows):
@@ -386,8 +373,7 @@ def format_rows(rows):
     names = dict.fromkeys(k for r in rows.values() for k in r)
     lines = [" " * 26 + "".join(f"{k:>9}" for k in names)]
     for name, r in rows.items():
-        cells = [f"{r[k]:9.4g}" if k in r else " " * 9 for k in names]
-        lines.append(f"{name:26}" + "".join(cells))
+        lines.append(f"{name:26}" + "".join(f"{r.get(k, ''):>9.4}" for k in names))
     return "\n".join(lines)
 
 
@@ -395,7 +381,7 @@ def evaluate_few(teacher, student, views, cfg):
     """Scores on a few test objects in 5 views of each, for a curve."""
     few, n = (32, 16) if cfg.device.startswith("cuda") else (6, 4)            # objects, samples
     predict = predictor(teacher, student, views, cfg, n=n)
-    return average_scores(evaluate(predict, views, cfg, 5, range(min(few, len(views)))))
+    return average_scores(evaluate(predict, views, cfg, 5, range(len(views))[:few]))
 
 
 @torch.no_grad()
@@ -403,9 +389,9 @@ def preview(teacher, student, views, cfg):
     """Writes preview.png, a row for each of 6 objects: the source view; from the opposite side the
     truth, the teacher, the student's samples. The student may be None."""
     rows = []
-    for o in range(min(6, len(views))):
+    for o in range(len(views))[:6]:
         x, cam, background = scene(views, opposite_views(views, o), cfg)      # (1, 2, 3, H, W)
-        row = [*x[0]]
+        row = [*x[0]]                                                         # (3, H, W) each
         for network in [None, student] if student else [None]:
             g = predictor(teacher, network, views, cfg, n=min(cfg.samples, 8))(o)     # (n, N, ..)
             row += renderings(g, cam.views([1]), background)[:, 0]            # (n, 3, H, W)
@@ -433,8 +419,9 @@ def ply_bytes(g):
     rest = F.pad(g.sh[0, :, 1:].mT, (0, 12)).flatten(1)                       # we have degree 1
     columns = torch.cat([g.xyz[0], torch.zeros_like(g.xyz[0]), g.sh[0, :, 0], rest,
                          g.opacity[0, :, None].logit(2 ** -23), g.scale[0].log(), g.quat[0]], 1)
-    header = "\n".join(["ply", "format binary_little_endian 1.0", f"element vertex {len(columns)}",
-                        *(f"property float {name}" for name in PLY), "end_header\n"])
+    properties = "".join(f"property float {name}\n" for name in PLY)
+    header = (f"ply\nformat binary_little_endian 1.0\nelement vertex {len(columns)}\n"
+              f"{properties}end_header\n")
     return header.encode() + columns.cpu().numpy().astype("<f4").tobytes()
 
 
@@ -452,9 +439,9 @@ def to_pixels(x):
 
 
 def quantise(states):
-    """Gaussians of every state of one object, each (1, N, ..) -> dict(n, states, low, high, data)
-    for the page. The 23 numbers of a splat are xyz, opacity, quat, log scale, 4 x rgb of SH: each
-    0..65535, from low to high (23,). The n splats that are drawn in some state are kept."""
+    """Gaussians of every state of one object, each (1, N, ..) -> dict for the page. It has the n
+    splats that some state draws: xyz, opacity, quat, log scale, 4 x rgb of SH, 0..65535 each, from
+    low to high (23,)."""
     x = torch.stack([torch.cat([g.xyz[0], g.opacity[0, :, None], g.quat[0],
                                 g.scale[0].clamp(min=1e-9).log(), g.sh[0].flatten(1)], 1)
                      for g in states]).cpu().numpy()                          # (states, N, 23)
@@ -465,15 +452,13 @@ def quantise(states):
     low, high = np.quantile(x, [0.01, 0.99], (0, 1))                          # (23,) each
     margin = 4 * (high - low)
     x = x.clip(low - margin, high + margin)
-    low, high = x.min((0, 1)), x.max((0, 1))                                  # (23,) each
-    q = 65535 * (x - low) / (high - low).clip(1e-30) + 0.5                    # (states, n, 23)
-    q = q.astype(np.uint16).swapaxes(1, 2)                                    # (states, 23, n)
-    # The last state has 16 bits; the others 8, as differences to the state after them, modulo 256:
-    # small numbers, so zlib packs them well.
-    high_bytes = np.diff(q[::-1] >> 8, axis=0, prepend=0)                     # (states, 23, n)
-    stream = np.concatenate([q[-1:], high_bytes]).astype(np.uint8).tobytes()
-    return dict(n=q.shape[2], states=len(q), low=low.tolist(), high=high.tolist(),
-                data=base64.b64encode(zlib.compress(stream)).decode())
+    low = x.min((0, 1))                                                       # (23,)
+    high = x.max((0, 1))                                                      # (23,)
+    q = (65535 * (x - low) / (high - low).clip(1e-30) + 0.5).astype(np.uint16)
+    # The low byte of the last state, then the high bytes of all; zlib finds the states alike.
+    stream = np.concatenate([q[-1:], q >> 8]).astype(np.uint8).T              # (23, n, 1 + states)
+    return dict(n=q.shape[1], states=len(q), low=low.tolist(), high=high.tolist(),
+                data=base64.b64encode(zlib.compress(stream.tobytes())).decode())
 
 
 def viewer_html(title, picture, objects, look):
@@ -482,23 +467,23 @@ def viewer_html(title, picture, objects, look):
     packed = [dict(name=name, **quantise(states)) for name, states in objects.items()]
     content = json.dumps(dict(title=title, picture=base64.b64encode(picture).decode(),
                               objects=packed, look=look))
-    page = (HERE / "assets" / "viewer.html").read_text(encoding="utf-8")
+    page = (HERE / "assets/viewer.html").read_text(encoding="utf-8")
     # Inside <script> only "<" could end the text early; JSON has another spelling for it.
     return page.replace("{{scene}}", content.replace("<", "\\u003c"))
 
 
 # ---- pictures from the wild ----------------------------------------------------------------------
 # In the training pictures (cars) the longer side of the object's bounding box takes 0.35 to 0.80 of
-# the picture, 0.67 in the median, and its middle lies within 0.1 of MIDDLE, the median. A picture
-# of that kind is left as it is, another is cropped or padded to the medians.
+# the picture, and its middle lies within 0.1 of MIDDLE. A picture of that kind is left as it is,
+# another is cropped or padded to SHARE and MIDDLE, the medians.
 SHARE = 0.67
 MIDDLE = np.array([0.50, 0.54])            # x y
 
 
 def frame(path, image, background):
-    """RGBA image -> a square one, around the subject if that does not lie as in training. Beyond
-    the picture it is transparent; so is the ground, unless it is the training background already.
-    The subject is told by alpha if that cuts it out, else by distance from the border's colour."""
+    """RGBA image -> a square one, around the subject if that does not lie as in training. Ground is
+    made transparent, unless it is the training background already. The subject is told by alpha if
+    that cuts it out, else by distance from the border's colour."""
     cover = np.asarray(image)[..., 3] / 255                                   # (h, w) in [0, 1]
     noise = 0
     if (cover > 0.5).mean() > 0.95:   # no cut-out: at most a margin or corners are transparent
@@ -517,7 +502,7 @@ def frame(path, image, background):
     y, x = np.nonzero(cover > 0.5)
     if noise > 24:
         print(f"warning: {path}: its background has more than one colour; for good splats cut the "
-              "object out, on a transparent or plain ground", file=sys.stderr)
+              "object out")
     elif not len(x):
         fail(f"{path}: there is nothing but background; give a picture of an object")
     else:
@@ -532,20 +517,18 @@ def frame(path, image, background):
 
 
 def prepare(path, cfg, meta, posed=False):
-    """A file -> (H, W, 3) uint8 as in training. posed: its camera is given, so it is neither
-    cropped nor shifted. For clips, whose frames are stretched, a picture that is no frame is
-    cropped around its centre to the shape that they had before."""
+    """A file -> (H, W, 3) uint8 as in training. posed: its camera is given, so it is not cropped.
+    For clips, a picture that is no frame of one is cropped to the shape of unstretched frames."""
     image = data.read_rgba(path)
     if (path.parent.parent / "intrinsics.txt").exists():   # SRN's pictures are composited already,
         image.putalpha(255)                                # and their alpha is only the mask
     image.thumbnail((16 * cfg.size, 16 * cfg.size))
     if cfg.aspect != 1:
+        shape = cfg.aspect * meta["K"][1] / meta["K"][0]                      # width / height
+        w = min(image.width, round(image.height * shape))
+        h = min(image.height, round(image.width / shape))
+        corner = (np.array(image.size) - (w, h)) // 2                         # x y
         if not data.clip_file(path.parent).exists():
-            fx, fy = meta["K"][:2]
-            shape = cfg.aspect * fy / fx                                      # width / height
-            w = min(image.width, round(image.height * shape))
-            h = min(image.height, round(image.width / shape))
-            corner = (np.array(image.size) - (w, h)) // 2                     # x y
             image = image.crop((*corner, *corner + (w, h)))
     elif not posed:
         image = frame(path, image, meta["background"])
@@ -586,21 +569,21 @@ def arguments():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     add = parser.add_argument
-    add("image", type=Path, help="a picture, or an object of a dataset: its folder")
+    add("image", type=Path, help="a picture, or the folder of an object in a dataset")
     add("--views", metavar="N,N", type=lambda text: [int(n) for n in text.split(",")],
         help="of an object: the source view, then any that guide; default 64, or 0 if it has fewer")
     add("--view", action="append", type=Path, default=[],
         help="a further picture of the object that guides the samples; square, may be repeated")
-    add("--pose", action="append", type=Path, default=[], help="of each --view: a file with the "
-        "rigid 4 x 4 matrix, by rows, from its camera to the source's camera, both with OpenCV's "
-        "axes (x right, y down, z forward), in the world units of the training data")
-    add("--weights", type=Path, default=HERE / "weights" / "cars.pt",
+    add("--pose", action="append", type=Path, default=[], help="of each --view, a file: the rigid "
+        "4 x 4 matrix, by rows, from its camera to the source's camera, both with OpenCV's axes "
+        "(x right, y down, z forward), in the world units of the training data")
+    add("--weights", type=Path, default=HERE / "weights/cars.pt",
         help="of train.py, beside its teacher.pt; default weights/cars.pt")
     add("--out", type=Path, help="default out/<name of the input>")
     add("--device", default="", help="default: the GPU if there is one")
-    add("--samples", type=int, default=4, help="how many; default 4")
-    add("--seed", type=int, default=0, help="another seed, other samples; default 0")
-    add("--steps", type=int, help="DDIM steps; default: as many as in training")
+    add("--samples", type=int, default=4, help="default 4")
+    add("--seed", type=int, default=0, help="default 0")
+    add("--steps", type=int, default=0, help="DDIM steps; default: as many as in training")
     add("--elevation", type=float, help="degrees the camera looks down by; default: estimated")
     return parser
 
@@ -608,21 +591,16 @@ def arguments():
 @torch.no_grad()
 def main():
     a = arguments().parse_args()
+    elevation = abs(a.elevation or 0)
+    if not (1 <= a.samples <= 85 and a.steps >= 0 and 0 <= a.seed < 2 ** 63 and elevation <= 90):
+        fail("give --samples 1 to 85, --steps from 0, --seed 0 to 2^63 - 1, --elevation -90 to 90")
     out = a.out or Path("out", a.image.absolute().stem)
-    inputs = [a.image, *a.view, *a.pose]
-    for file in inputs:
-        if not (file.is_file() or file.is_dir()):
-            fail(f"{file}: no such file, or a pipe, which would hang")
-    for wrong, message in [
-            (not 1 <= a.samples <= 85, "--samples: give 1 to 85"),            # a .webp is full then
-            (a.steps and a.steps < 1, "--steps: give 1 or more"),
-            (not 0 <= a.seed < 2 ** 63, "--seed: give 0 or more, below 2 to the 63rd"),
-            (a.elevation and not abs(a.elevation) <= 90, "--elevation: give -90 to 90"),
-            (len(a.view) != len(a.pose), "give a --pose for each --view"),
-            (a.view if a.image.is_dir() else a.views,
-             "--view goes with a picture, --views with the folder of an object")]:
-        if wrong:
-            fail(message)
+    if out.resolve() in [file.resolve().parent for file in (a.image, *a.view)]:
+        fail(f"{out}: there is an input in it, which may be written over; choose another --out")
+    if len(a.view) != len(a.pose):
+        fail("give a --pose for each --view")
+    if a.view if a.image.is_dir() else a.views:
+        fail(f"{a.image}: --view goes with a picture, --views with the folder of an object")
     a.device = pick_device(a.device)
     denoiser, teacher, meta = load_student(a.weights, a.device)
     denoiser.to(memory_format=torch.channels_last)                            # faster on a CPU
@@ -630,8 +608,6 @@ def main():
     print(f"weights: {a.weights} ({meta['dataset']}, {kind}, {denoiser.cfg.size} pixels)")
     a.steps = a.steps or meta["steps"]
     for name, content in results(denoiser, teacher, meta, a):
-        if (out / name).resolve() in [file.resolve() for file in inputs]:
-            fail(f"{out / name}: is an input, not written over; choose another --out")
         write_atomically(out / name, lambda file: file.write(content))
     print(f"{a.image} -> {out}/")
 
@@ -639,7 +615,5 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except KeyboardInterrupt:
-        fail("stopped; the files written so far are whole")
-    except OSError as e:
-        fail(e)
+    except (KeyboardInterrupt, OSError) as e:
+        fail(f"stopped; the files written so far are whole. {e}")
