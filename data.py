@@ -10,7 +10,7 @@ returns its `Views`; `draw` and `gather` cut batches from them, so training deco
 clip counts as an object; all that differs in scenes is in their rows of DATASETS.
 Nothing is downloaded: if there are no cars, toys/cars.py makes procedural ones in SRN's layout.
 
-    python -c "import data; data.prepare('cars')"              # prepare, print what is there
+    python data.py cars 128                                    # prepare at 128 pixels, print it
 """
 import hashlib
 import json
@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 import tempfile
 import zlib
 from concurrent.futures import ProcessPoolExecutor
@@ -39,25 +40,20 @@ from toys import cars, rooms
 #                between views (CO3D, your own), relative to the object's middle: Views.K, column 4
 #   background   rgb
 #   source       the view of a test object that is the input; all others are targets
-#   iters        steps of the teacher | start: gain, bias of its last layer; both for --paper
+#   iters        steps of the teacher, for --paper
 # For scenes:
 #   aspect       width / height of the pictures; 1 for objects
 #   window       targets are at most this many frames from the source; for objects, all views
 #   log_depth    depth = near (far / near)^sigmoid
 #   pad          the splat image is larger than the picture by this part of H on each side
 ON_WHITE = (1., 1., 1.)
-SMALL = math.log(.02)
-CO3D = dict(near=-2.0, far=2.0, background=(0., 0., 0.), source=0, iters=900_001,
-            start=dict(opacity=(1, -2), scale=(.003, SMALL), offset=(.1, 0)))
+CO3D = dict(near=-2.0, far=2.0, background=(0., 0., 0.), source=0, iters=900_001)
 # In `read_clip`'s unit. Corners triangulated in real clips lie at 1.6 to 20, other things beyond.
-SCENE = dict(near=0.5, far=50.0, background=(.5, .5, .5), iters=500_001,
-             start=dict(opacity=(1, 0), scale=(.1, SMALL), offset=(.2, 0)),
-             aspect=1.5, window=30, log_depth=True, pad=1 / 8)
+SCENE = dict(near=0.5, far=50.0, background=(.5, .5, .5), iters=500_001, aspect=1.5, window=30,
+             log_depth=True, pad=1 / 8)
 DATASETS = {
-    "cars": dict(near=0.80, far=1.80, background=ON_WHITE, source=cars.SOURCE, iters=900_001,
-                 start=dict(opacity=(.001, -3), scale=(.001, SMALL), offset=(1e-6, 0))),
-    "chairs": dict(near=1.25, far=2.75, background=ON_WHITE, source=64, iters=1_000_001,
-                   start=dict(opacity=(.001, -2), scale=(.001, SMALL), offset=(1e-6, 0))),
+    "cars": dict(near=0.80, far=1.80, background=ON_WHITE, source=cars.SOURCE, iters=900_001),
+    "chairs": dict(near=1.25, far=2.75, background=ON_WHITE, source=64, iters=1_000_001),
     "hydrants": CO3D, "teddybears": CO3D, "re10k": SCENE, "rooms": SCENE,
 }
 PLACES = dict(cars="srn_cars/cars_", chairs="srn_chairs/chairs_", hydrants="co3d_hydrant_for_gs/",
@@ -483,3 +479,7 @@ def parallel(function, jobs, title):
     with reading(title, "done"), ProcessPoolExecutor(min(cores, 32), context, *deaf) as pool:
         run = map if len(jobs) < 8 else pool.map               # fewer are not worth the processes
         yield from tqdm(run(function, jobs), title, len(jobs), leave=False)
+
+
+if __name__ == "__main__":
+    prepare(sys.argv[1], size=int(sys.argv[2]))

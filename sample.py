@@ -92,7 +92,10 @@ def results(denoiser, teacher, meta, a):
     place = lambda s: upright(to_gaussians(s), look, w)
     states = [place(s) for s in trail]                                        # (B, N, ..) each
     turn = [photograph(states[-1], angle, look) for angle in around]          # (B, h, w, 3) each
-    most = int(np.argmax([x.std(0).mean() for x in turn]))     # where the samples differ most
+    spread = [x.std(0, ddof=min(1, a.samples - 1)).mean() / 255 for x in turn]
+    most = int(np.argmax(spread))                              # where the samples differ most
+    print(f"{a.samples} samples: standard deviation {spread[most]:.4f} of 1 seen from "
+          f"{around[most]:.0f} degrees around, where they differ most; {spread[0]:.4f} from 0")
     sides = {round(around[i]): i for i in (0, most, *range(0, FRAMES, FRAMES // 4))}
     pixels = to_pixels(x[0, 0])                                               # (H, W, 3)
     picture = Image.fromarray(pixels).resize(turn[0].shape[2:0:-1])
