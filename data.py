@@ -10,8 +10,9 @@ returns its `Views`; `draw` and `gather` cut batches from them, so training deco
 clip counts as an object; all that differs in scenes is in their rows of DATASETS.
 Nothing is downloaded: if there are no cars, toys/cars.py makes procedural ones in SRN's layout.
 
-    python data.py cars 128                                    # prepare at 128 pixels, print it
+    python data.py cars --size 128                             # prepare, print what is there
 """
+import argparse
 import hashlib
 import json
 import math
@@ -19,7 +20,6 @@ import multiprocessing
 import os
 import re
 import signal
-import sys
 import tempfile
 import zlib
 from concurrent.futures import ProcessPoolExecutor
@@ -482,4 +482,8 @@ def parallel(function, jobs, title):
 
 
 if __name__ == "__main__":
-    prepare(sys.argv[1], size=int(sys.argv[2]))
+    parser = argparse.ArgumentParser(description="Prepare a dataset and print what it holds.")
+    parser.add_argument("dataset", help=f"{', '.join(DATASETS)}, or path/to/your/own")
+    for flag, default in dict(size=128, n_train=200, n_test=24, seed=0).items():
+        parser.add_argument(f"--{flag}", default=default, type=int)
+    prepare(**vars(parser.parse_args()))
