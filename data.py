@@ -48,7 +48,8 @@ from toys import cars, rooms
 #   pad          the splat image is larger than the picture by this part of H on each side
 ON_WHITE = (1., 1., 1.)
 CO3D = dict(near=-2.0, far=2.0, background=(0., 0., 0.), source=0, iters=900_001)
-# In `read_clip`'s unit. Corners triangulated in real clips lie at 1.6 to 20, other things beyond.
+# In the unit of `read_clip`, corners triangulated in real clips have depths from 1.6 to 20. Such
+# corners miss what is nearest and farthest, hence more room.
 SCENE = dict(near=0.5, far=50.0, background=(.5, .5, .5), iters=500_001, aspect=1.5, window=30,
              log_depth=True, pad=1 / 8)
 DATASETS = {
@@ -138,7 +139,8 @@ def prepare(dataset, root="data", size=128, n_train=200, n_test=24, seed=0, spli
 
 
 def load(root, dataset, split, size, limit=None):
-    """Views of a split's first `limit` objects. Packs them in <root>/.cache if they are new."""
+    """Views of a split's first `limit` objects; packs them first if they are new. The packs in
+    <root>/.cache may be deleted at any time."""
     folders = find(root, dataset)
     folder = folders[split]
     objects = list_objects(folders, split)[:limit]
@@ -382,7 +384,7 @@ def resize(pixels, hw):
     return np.array(Image.fromarray(pixels).resize(hw[::-1], how))
 
 
-# ---- find the objects, pack them -----------------------------------------------------------------
+# ---- find the objects, pack them, the command ----------------------------------------------------
 
 def find(root, dataset):
     """-> {split: its folder}. A folder of your own that is not split stands for both splits."""
@@ -481,9 +483,18 @@ def parallel(function, jobs, title):
         yield from tqdm(run(function, jobs), title, len(jobs), leave=False)
 
 
-if __name__ == "__main__":
+def main():
     parser = argparse.ArgumentParser(description="Prepare a dataset and print what it holds.")
     parser.add_argument("dataset", help=f"{', '.join(DATASETS)}, or path/to/your/own")
-    for flag, default in dict(size=128, n_train=200, n_test=24, seed=0).items():
-        parser.add_argument(f"--{flag}", default=default, type=int)
+    for flag, default in dict(root="data", size=128, n_train=200, n_test=24, seed=0).items():
+        parser.add_argument(f"--{flag}", default=default, type=type(default))
     prepare(**vars(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        fail("stopped; the same command goes on")
+    except OSError as e:
+        fail(e)

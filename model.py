@@ -204,7 +204,8 @@ class UNet(nn.Module):
         for (_, gain, value), weight, bias in parts:
             nn.init.xavier_uniform_(weight, gain)
             nn.init.constant_(bias, value)
-        nn.init.constant_(self.out.bias[5:8], math.log(1.28 / cfg.size))      # 1 pixel at any size
+        with torch.no_grad():
+            self.out.bias[5:8] += math.log(128 / cfg.size)                    # 1 pixel at any size
 
     def forward(self, x, t=None, code=None, s_t=None):
         """-> raw splats (B, 24, H, W), and the code (B, code) that was given or read, or None."""

@@ -93,12 +93,11 @@ def results(denoiser, teacher, meta, a):
     states = [place(s) for s in trail]                                        # (B, N, ..) each
     turn = [photograph(states[-1], angle, look) for angle in around]          # (B, h, w, 3) each
     spread = [x.std(0, ddof=min(1, a.samples - 1)).mean() / 255 for x in turn]
-    most = int(np.argmax(spread))                              # where the samples differ most
-    print(f"{a.samples} samples: standard deviation {spread[most]:.4f} of 1 seen from "
-          f"{around[most]:.0f} degrees around, where they differ most; {spread[0]:.4f} from 0")
+    most = int(np.argmax(spread))
     sides = {round(around[i]): i for i in (0, most, *range(0, FRAMES, FRAMES // 4))}
     pixels = to_pixels(x[0, 0])                                               # (H, W, 3)
     picture = Image.fromarray(pixels).resize(turn[0].shape[2:0:-1])
+    # (h, w, 3) each: a column is one side of all samples
     columns = [[picture] * a.samples, *(turn[i] for i in sides.values())]
     yield "sample.png", encoded([np.hstack([np.vstack(x) for x in columns])], "PNG")
 
@@ -118,6 +117,10 @@ def results(denoiser, teacher, meta, a):
     yield "film.webp", encoded(film, "WEBP", save_all=True, duration=83, loop=0)     # 12 a second
     for k in range(a.samples):
         yield f"sample_{k}.ply", ply_bytes(one(states[-1], k))
+    if a.samples > 1:
+        print(f"the {a.samples} samples differ most from {around[most]:.0f} degrees around the "
+              f"object: standard deviation {spread[most]:.4f} of 1 there, {spread[0]:.4f} at the "
+              "picture's own side")
 
 
 # ---- cameras -------------------------------------------------------------------------------------
@@ -135,7 +138,8 @@ def estimate_elevation(g, distance):
     angles = np.radians(np.arange(61))[:, None]                               # (61, 1)
     heights = y * np.cos(angles) + (z - 96) * np.sin(angles)                  # (61, n)
     counts = np.stack([np.histogram(h, np.arange(-60, 61))[0] for h in heights])      # (61, 120)
-    return int((counts * np.log(counts.clip(1))).sum(1).argmax())             # of - n x entropy
+    order = (counts * np.log(counts.clip(1))).sum(1)                          # (61,) - n x entropy
+    return int(order.argmax())
 
 
 def orbit(angle, look):
@@ -365,10 +369,12 @@ def score_table(cfg, views, about):
                          lambda file: file.write(text.encode()))
     kind = "procedural" if views.meta["procedural"] else "real"
     h, w = views.meta["hw"]
+    targets = (f"view {views.meta['source']} in, {cfg.eval_views or 'all'} others out"
+               if "source" in views.meta else "middle frame in, 3 others out")
     record = json.dumps(dict(table=rows, kind=kind, **about), indent=1)
     write_atomically(out / "results.json", lambda file: file.write(record.encode()))
-    return (f"{views.meta['dataset']} ({kind}), {h}x{w}, {len(views)} {cfg.split} objects, "
-            f"{cfg.samples} samples, seed {cfg.seed}\n{format_rows(rows)}")
+    return (f"{views.meta['dataset']} ({kind}), {h}x{w}, {len(views)} {cfg.split} "
+            f"objects, {targets}, {cfg.samples} samples, seed {cfg.seed}\n{format_rows(rows)}")
 
 
 def format_rows(rows):
@@ -457,7 +463,8 @@ def quantise(states):
     x = x.clip(low - margin, high + margin)
     low = x.min((0, 1))                                                       # (23,)
     high = x.max((0, 1))                                                      # (23,)
-    q = (65535 * (x - low) / (high - low).clip(1e-30) + 0.5).astype(np.uint16)
+    q = 65535 * (x - low) / (high - low).clip(1e-30) + 0.5                    # (states, n, 23)
+    q = q.astype(np.uint16)
     # The low byte of the last state, then the high bytes of all; zlib finds the states alike.
     stream = np.concatenate([q[-1:], q >> 8]).astype(np.uint8).T              # (23, n, 1 + states)
     return dict(n=q.shape[1], states=len(q), low=low.tolist(), high=high.tolist(),
@@ -527,11 +534,12 @@ def prepare(path, cfg, meta, posed=False):
         image.putalpha(255)                                # and their alpha is only the mask
     image.thumbnail((16 * cfg.size, 16 * cfg.size))
     if cfg.aspect != 1:
-        shape = cfg.aspect * meta["K"][1] / meta["K"][0]                      # width / height
-        w = min(image.width, round(image.height * shape))
-        h = min(image.height, round(image.width / shape))
-        corner = (np.array(image.size) - (w, h)) // 2                         # x y
         if not data.clip_file(path.parent).exists():
+            fx, fy = meta["K"][:2]
+            shape = cfg.aspect * fy / fx                                      # width / height
+            w = min(image.width, round(image.height * shape))
+            h = min(image.height, round(image.width / shape))
+            corner = (np.array(image.size) - (w, h)) // 2                     # x y
             image = image.crop((*corner, *corner + (w, h)))
     elif not posed:
         image = frame(path, image, meta["background"])
@@ -594,7 +602,10 @@ def arguments():
 @torch.no_grad()
 def main():
     a = arguments().parse_args()
-    elevation = abs(a.elevation or 0)
+    for file in (a.image, *a.view, *a.pose):
+        if not (file.is_file() or file.is_dir()):
+            fail(f"{file}: no such file, or a pipe, which would hang")
+    elevation = abs(a.elevation or 0)                              # 85 samples fill a .webp
     if not (1 <= a.samples <= 85 and a.steps >= 0 and 0 <= a.seed < 2 ** 63 and elevation <= 90):
         fail("give --samples 1 to 85, --steps from 0, --seed 0 to 2^63 - 1, --elevation -90 to 90")
     out = a.out or Path("out", a.image.absolute().stem)
@@ -618,5 +629,7 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except (KeyboardInterrupt, OSError) as e:
-        fail(f"stopped; the files written so far are whole. {e}")
+    except KeyboardInterrupt:
+        fail("stopped; the files written so far are whole")
+    except OSError as e:
+        fail(e)
