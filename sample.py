@@ -1,8 +1,7 @@
 """Turn a picture into splats, a film of the denoising and a viewer page; measure how good they are.
 
     python sample.py car.png --samples 8 --seed 1              # any picture of one object
-    python sample.py car.png --view back.png --pose back.txt   # guided by a further view
-    python sample.py path/to/object --views 64,104             # a dataset's view 64, guided by 104
+    python sample.py path/to/object --views 64,104             # an object's view 64, guided by 104
 writes into out/car/: viewer.html, a page to look around in; sample.png, the input and the samples
 from several sides; film.webp, the denoising, then a turn; and a .ply of each sample.
 """
@@ -526,9 +525,9 @@ def frame(path, image, background):
     return image.crop((*corner, *corner + side))
 
 
-def prepare(path, cfg, meta, posed=False):
-    """A file -> (H, W, 3) uint8 as in training. posed: its camera is given, so it is not cropped.
-    For clips, a picture that is no frame of one is cropped to the shape of unstretched frames."""
+def prepare(path, cfg, meta):
+    """A file -> (H, W, 3) uint8 as in training. For clips, a picture that is no frame of one is
+    cropped to the shape of unstretched frames."""
     image = data.read_rgba(path)
     if (path.parent.parent / "intrinsics.txt").exists():   # SRN's pictures are composited already,
         image.putalpha(255)                                # and their alpha is only the mask
@@ -541,10 +540,8 @@ def prepare(path, cfg, meta, posed=False):
             h = min(image.height, round(image.width / shape))
             corner = (np.array(image.size) - (w, h)) // 2                     # x y
             image = image.crop((*corner, *corner + (w, h)))
-    elif not posed:
+    else:
         image = frame(path, image, meta["background"])
-    elif image.width != image.height:
-        fail(f"{path}: not square; with --view all pictures must be")
     pixels = data.on_background(image, meta["background"])                    # (h, w, 3)
     return data.resize(pixels, (cfg.size, round(cfg.size * cfg.aspect)))
 
@@ -564,13 +561,11 @@ def read_views(cfg, meta, a):
         if not set(index) <= set(range(len(c2w))):
             fail(f"{a.image}: --views: give numbers from 0 to {len(c2w) - 1}")
     else:
-        files = [a.image, *a.view]
-        pixels = [prepare(file, cfg, meta, bool(a.view)) for file in files]       # (H, W, 3) each
-        poses = [data.rigid(data.numbers(file), file) for file in a.pose]
-        c2w = np.stack([np.eye(4), *poses])                                   # (V, 4, 4)
-        K = np.tile(meta["K"], (len(c2w), 1))                                 # (V, 4 or 5)
-        index = range(len(c2w))
-    images = torch.from_numpy(np.stack(pixels)).movedim(-1, 1)                # (V, 3, H, W)
+        pixels = prepare(a.image, cfg, meta)[None]                            # (1, H, W, 3)
+        c2w = np.eye(4)[None]                                                 # (1, 4, 4)
+        K = np.array([meta["K"]])                                             # (1, 4 or 5)
+        index = [0]
+    images = torch.from_numpy(pixels).movedim(-1, 1)                          # (V, 3, H, W)
     views = data.Views(images, torch.from_numpy(c2w), torch.from_numpy(K).float(), None, None, meta)
     return scene(views, torch.tensor(index), a)
 
@@ -583,11 +578,6 @@ def arguments():
     add("image", type=Path, help="a picture, or the folder of an object in a dataset")
     add("--views", metavar="N,N", type=lambda text: [int(n) for n in text.split(",")],
         help="of an object: the source view, then any that guide; default 64, or 0 if it has fewer")
-    add("--view", action="append", type=Path, default=[],
-        help="a further picture of the object that guides the samples; square, may be repeated")
-    add("--pose", action="append", type=Path, default=[], help="of each --view, a file: the rigid "
-        "4 x 4 matrix, by rows, from its camera to the source's camera, both with OpenCV's axes "
-        "(x right, y down, z forward), in the world units of the training data")
     add("--weights", type=Path, default=HERE / "weights/cars.pt",
         help="of train.py, beside its teacher.pt; default weights/cars.pt")
     add("--out", type=Path, help="default out/<name of the input>")
@@ -602,19 +592,16 @@ def arguments():
 @torch.no_grad()
 def main():
     a = arguments().parse_args()
-    for file in (a.image, *a.view, *a.pose):
-        if not (file.is_file() or file.is_dir()):
-            fail(f"{file}: no such file, or a pipe, which would hang")
+    if not (a.image.is_file() or a.image.is_dir()):
+        fail(f"{a.image}: no such file, or a pipe, which would hang")
     elevation = abs(a.elevation or 0)                              # 85 samples fill a .webp
     if not (1 <= a.samples <= 85 and a.steps >= 0 and 0 <= a.seed < 2 ** 63 and elevation <= 90):
         fail("give --samples 1 to 85, --steps from 0, --seed 0 to 2^63 - 1, --elevation -90 to 90")
     out = a.out or Path("out", a.image.absolute().stem)
-    if out.resolve() in [file.resolve().parent for file in (a.image, *a.view)]:
+    if out.resolve() == a.image.resolve().parent:
         fail(f"{out}: there is an input in it, which may be written over; choose another --out")
-    if len(a.view) != len(a.pose):
-        fail("give a --pose for each --view")
-    if a.view if a.image.is_dir() else a.views:
-        fail(f"{a.image}: --view goes with a picture, --views with the folder of an object")
+    if a.views and not a.image.is_dir():
+        fail(f"{a.image}: --views goes with the folder of an object, not with a picture")
     a.device = pick_device(a.device)
     denoiser, teacher, meta = load_student(a.weights, a.device)
     denoiser.to(memory_format=torch.channels_last)                            # faster on a CPU
