@@ -62,11 +62,11 @@ def splats_to_gaussians(raw, K, cfg):
     return Gaussians(xyz, scale.exp(), F.normalize(quat, dim=-1), opacity[..., 0].sigmoid(), sh)
 
 
-def canonical(raw, mean=None):
-    """Quaternions to unit length and to the sign that is nearer to those of `mean`, or w >= 0:
+def canonical(raw, base=None):
+    """Quaternions to unit length and to the sign that is nearer to those of `base`, or w >= 0:
     length and sign do not change the rotation, so noise and losses should not depend on them."""
     q = F.normalize(raw[:, 8:12], dim=1)                                      # (B, 4, H, W)
-    near = q[:, :1] if mean is None else (q * mean[:, 8:12]).sum(1, keepdim=True)
+    near = q[:, :1] if base is None else (q * base[:, 8:12]).sum(1, keepdim=True)
     q = torch.where(near < 0, -q, q)
     return torch.cat([raw[:, :8], q, raw[:, 12:]], 1)
 
@@ -227,7 +227,7 @@ class UNet(nn.Module):
             if self.read:   # one code for all pixels, so in sums over them it stands out from noise
                 where = 1 + self.where(skips[self.blocks]).flatten(2)         # (B, 8, HW) weights
                 sums = where @ s_t.flatten(2).mT / where.shape[2] ** 0.5      # (B, 8, 24)
-                seen = torch.cat([x.mean((2, 3)), sums.flatten(1)], 1)        # (B, c + 8 24)
+                seen = torch.cat([x.mean((2, 3)), sums.flatten(1)], 1)        # (B, c + 192)
                 code = self.read(seen).float().tanh()                         # (B, code)
             if code is not None:
                 emb = code if emb is None else torch.cat([emb, code], 1)      # (B, emb + code)
@@ -271,7 +271,7 @@ def ddim_step(s_t, s_hat, t, t_next):
     return add_noise(s_hat, t_next, eps)
 
 
-def denoise(denoiser, s_t, t, x_src, mean, steps=STEPS, guide=None):
+def denoise(denoiser, s_t, t, x_src, base, steps=STEPS, guide=None):
     """Yields the predictions s_hat of `steps` evenly spaced DDIM steps from t (B,) to 0, the result
     last, both in training (stage 2) and in sampling. guide(s_hat) -> (B,) is a loss, e.g. the error
     in further views (paper, v1): every step but the last moves s_t down its slope."""
@@ -279,20 +279,20 @@ def denoise(denoiser, s_t, t, x_src, mean, steps=STEPS, guide=None):
         now = t * (steps - k) // steps                                        # (B,) int
         then = t * (steps - k - 1) // steps                                   # (B,) int
         if guide and k < steps - 1:
-            s_hat, slope = guided(denoiser, s_t, now, x_src, mean, guide)     # (B, 24, H, W) each
+            s_hat, slope = guided(denoiser, s_t, now, x_src, base, guide)     # (B, 24, H, W) each
             pull = RHO * signal_noise(then)[1] * slope                        # (B, 24, H, W)
         else:
-            s_hat = denoiser(s_t, now, x_src, mean)                           # (B, 24, H, W)
+            s_hat = denoiser(s_t, now, x_src, base)                           # (B, 24, H, W)
             pull = 0
         yield s_hat
         s_t = ddim_step(s_t, s_hat, now, then) - pull
 
 
-def guided(denoiser, s_t, t, x_src, mean, guide):
+def guided(denoiser, s_t, t, x_src, base, guide):
     """-> s_hat, and d guide(s_hat) / d s_t *through* D, scaled to length 1 per sample."""
     with torch.enable_grad():
         s_t = s_t.detach().requires_grad_()
-        s_hat = denoiser(s_t, t, x_src, mean)                                 # (B, 24, H, W)
+        s_hat = denoiser(s_t, t, x_src, base)                                 # (B, 24, H, W)
         slope, = torch.autograd.grad(guide(s_hat).sum(), s_t)                 # (B, 24, H, W)
     length = slope.square().sum((1, 2, 3), keepdim=True).sqrt()               # (B, 1, 1, 1)
     return s_hat.detach(), slope / length.clamp(min=1e-12)
@@ -311,7 +311,7 @@ def lambda_t(t, kind, t_star=T_STAR, t_known=T - 1):
 
 
 class Denoiser(nn.Module):
-    """D(s_t, t, x_src, mean) -> s_hat: clean splats, normalised like s_t. The image x_src
+    """D(s_t, t, x_src, base) -> s_hat: clean splats, normalised like s_t. The image x_src
     (B, 3, h, w) is concatenated to s_t."""
 
     def __init__(self, cfg):
@@ -321,33 +321,35 @@ class Denoiser(nn.Module):
         # (2, 24): per channel, the mean and the unit of the splats that are noised
         self.register_buffer("stats", torch.stack([torch.zeros(S), torch.ones(S)]))
 
-    def mean(self, raw):
-        """What noised splats are centred on. Ours: raw (B, 24, H, W), those of the teacher that is
-        told nothing. So what is left to denoise is what the picture does not show. In the paper
-        (cfg.code = 0) that would be nothing; there it is one number a channel, (1, 24, 1, 1)."""
+    def base(self, raw):
+        """The splats from which normalised ones are differences. Ours: raw (B, 24, H, W), those of
+        the teacher that is told nothing. So what is left to denoise is what the picture does not
+        show. With cfg.code = 0, as in the paper, that would be nothing; there the base is the mean
+        of each channel, (1, 24, 1, 1)."""
         return canonical(raw) if self.cfg.code else self.stats[None, 0, :, None, None]
 
-    def forward(self, s_t, t, x_src, mean):
-        return self.predict(s_t, t, x_src, mean)[0]
+    def forward(self, s_t, t, x_src, base):
+        return self.predict(s_t, t, x_src, base)[0]
 
-    def predict(self, s_t, t, x_src, mean):
+    def predict(self, s_t, t, x_src, base):
         """-> s_hat (B, 24, H, W), and the code (B, code) that was read off s_t, or None."""
         raw, code = self.unet(x_src, t, s_t=s_t)
-        return self.normalise(raw, mean), code
+        return self.normalise(raw, base), code
 
-    def normalise(self, raw, mean):
-        """Raw splats -> s (B, 24, H, W): their difference from `mean`, each channel in its own unit
+    def normalise(self, raw, base):
+        """Raw splats -> s (B, 24, H, W): their difference from `base`, each channel in its own unit
         (ours, as they differ by orders of magnitude); deviation SIGNAL, or 1 without a code."""
-        return (canonical(raw, mean) - mean) / self.stats[1, :, None, None]
+        raw = canonical(raw, base if self.cfg.code else None)                 # (B, 24, H, W)
+        return (raw - base) / self.stats[1, :, None, None]
 
-    def gaussians(self, s, mean, K):
-        """The inverse, as Gaussians in the frame of the camera K (B, 4)."""
-        return splats_to_gaussians(s * self.stats[1, :, None, None] + mean, K, self.cfg)
+    def gaussians(self, s, base, K):
+        """The inverse, as Gaussians in the frame of the camera K (B, 4 or 5)."""
+        return splats_to_gaussians(s * self.stats[1, :, None, None] + base, K, self.cfg)
 
-    def sample(self, x_src, mean, eps, steps=STEPS, guide=None):
+    def sample(self, x_src, base, eps, steps=STEPS, guide=None):
         """Pure noise eps (B, 24, H, W) -> normalised splats of the object in x_src (B, 3, h, w)."""
         t = torch.full((len(x_src),), T - 1, device=x_src.device)
-        *_, s_hat = denoise(self, eps, t, x_src, mean, steps, guide)
+        *_, s_hat = denoise(self, eps, t, x_src, base, steps, guide)
         return s_hat
 
     @torch.no_grad()

@@ -191,8 +191,8 @@ def blend(pixel, xy, cov, det, z, opacity, rgb, background):
 
 
 def render_reference(g, cam, background):
-    """The definition of `render`, same arguments. Memory is bounded, because every chunk of pixels,
-    with a million Gaussian-pixel pairs, is computed again in the backward pass."""
+    """The definition of `render`; background is (B, 3). Memory is bounded, because every chunk of
+    pixels, with a million Gaussian-pixel pairs, is computed again in the backward pass."""
     B, V = cam.w2c.shape[:2]
     h, w = cam.hw
     g = Gaussians(*[x[:, None] for x in g])                                   # (B, 1, N, ..)

@@ -59,11 +59,11 @@ def sample_splats(denoiser, teacher, x, cam, background, generators, steps):
     -> s_hat (B, 24, H, W), and the function that makes Gaussians of such splats."""
     eps = [torch.randn(S, *denoiser.cfg.hw, generator=generator) for generator in generators]
     eps = torch.stack(eps).to(x.device)                                       # (B, 24, H, W)
-    mean = denoiser.mean(teacher(x[:, :1]))                                   # (1, 24, H, W)
-    to_gaussians = lambda s: denoiser.gaussians(s, mean, cam.K[:, 0])
+    base = denoiser.base(teacher(x[:, :1]))                       # (1, 24, H, W) or (1, 24, 1, 1)
+    to_gaussians = lambda s: denoiser.gaussians(s, base, cam.K[:, 0])
     guide = guidance(to_gaussians, x, cam, background)
     x_src = x[:, 0].expand(len(eps), -1, -1, -1)                              # (B, 3, h, w)
-    return denoiser.sample(x_src, mean, eps, steps, guide), to_gaussians
+    return denoiser.sample(x_src, base, eps, steps, guide), to_gaussians
 
 
 def results(denoiser, teacher, meta, a):
@@ -142,12 +142,13 @@ def estimate_elevation(g, distance):
 
 
 def orbit(angle, look):
-    """w2c (1, 1, 4, 4) of a camera around the origin; the source camera stands at angle 0."""
+    """w2c (1, 1, 4, 4) of a camera so many degrees around the origin; the source camera's are 0."""
     down = math.radians(look["elevation"])
     c = math.cos(down)
     s = math.sin(down)
-    x = math.cos(angle)
-    y = math.sin(angle)
+    around = math.radians(angle)
+    x = math.cos(around)
+    y = math.sin(around)
     return torch.tensor([[[[x, 0, y, 0],
                            [s * y, c, -s * x, 0],
                            [-c * y, s, c * x, look["distance"]],
@@ -169,7 +170,7 @@ def photograph(g, angle, look):
     h = round(SIDE / look["aspect"])
     f = look["focal"] * SIDE
     K = g.xyz.new_tensor([[[f, f, SIDE / 2, h / 2]]])                         # (1, 1, 4) pixels
-    cam = Camera(orbit(math.radians(angle), look).to(K), K, (h, SIDE))
+    cam = Camera(orbit(angle, look).to(K), K, (h, SIDE))
     return to_pixels(renderings(g, cam, K.new_tensor(look["background"]))[:, 0])
 
 

@@ -80,7 +80,7 @@ class Teacher(nn.Module):
             return self.encoder(images[:, 1:] - seen).float()
 
     def gaussians(self, raw, K):
-        """Raw splats -> Gaussians in the frame of the camera K (B, 4)."""
+        """Raw splats -> Gaussians in the frame of the camera K (B, 4 or 5)."""
         return splats_to_gaussians(raw, K, self.cfg)
 
 

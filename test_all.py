@@ -36,9 +36,9 @@ import sample
 import toys.cars
 import train
 from csrc.bench import benchmark_scene, random_views
-from model import (RHO, T, T_STAR, S, Denoiser, ModelConfig, add_noise, alpha_bar, canonical,
-                   ddim_step, denoise, fingerprint, lambda_t, load_checkpoint, load_network,
-                   save_network, signal_noise, splats_to_gaussians, write_atomically)
+from model import (RHO, SIGNAL, T, T_STAR, S, Denoiser, ModelConfig, add_noise, alpha_bar,
+                   canonical, ddim_step, denoise, fingerprint, lambda_t, load_checkpoint,
+                   load_network, save_network, signal_noise, splats_to_gaussians, write_atomically)
 from rasterize import (ALPHA_MAX, C0, C1, LOW_PASS, NEAR, Camera, Gaussians, invert_pose,
                        matrix_to_quat, quat_to_matrix, render, transform)
 from teacher import Teacher, given_teacher, load_splatter_image, splat_statistics
@@ -1257,14 +1257,36 @@ def test_noised_splats_are_what_the_told_teacher_adds(shape):
     torch.testing.assert_close(constant.flatten(), canonical(told).mean((0, 2, 3)))
     torch.testing.assert_close(std.flatten(), canonical(told).std((0, 2, 3), False).clamp(1e-3))
     t, eps, cfg = torch.tensor([0, 30]), random_splats(), train.Config(code=shape.code)
-    s, s_t, mean, code = train.noised_teacher(denoiser, teacher, x, cam, white, t, eps, cfg)
-    base = canonical(alone) if shape.code else constant[None]
-    want = (canonical(told, base) - base) / std                               # (2, 24, 16, 16)
+    s, s_t, base, code = train.noised_teacher(denoiser, teacher, x, cam, white, t, eps, cfg)
+    assert torch.equal(base, canonical(alone) if shape.code else constant[None])
+    want = (canonical(told, base if shape.code else None) - base) / std       # (2, 24, 16, 16)
     assert torch.allclose(s, want, atol=1e-4) and s.abs().amax((1, 2, 3)).min() > 0.01
     assert torch.equal(s_t, add_noise(s, t, eps)) and (code is None) == (not shape.code)
-    mine, theirs = denoiser.gaussians(s, mean, cam.K[:, 0]), teacher.gaussians(told, cam.K[:, 0])
+    mine, theirs = denoiser.gaussians(s, base, cam.K[:, 0]), teacher.gaussians(told, cam.K[:, 0])
     flip = (mine.quat * theirs.quat).sum(-1, keepdim=True).sign()             # (2, 256, 1)
     assert_same(mine, theirs._replace(quat=flip * theirs.quat), 1e-5)
+
+
+@told_or_not
+@torch.no_grad()
+def test_the_splats_that_stage_1_noises_have_a_known_deviation(shape, cars, tmp_path):
+    """Against SIGNAL, or 1 and a mean of 0 without a code, over the 32 batches, in every channel
+    but those of degree 1, which are still constant."""
+    teacher, _, _, _, white = told_scene(shape)
+    teacher.unet.out.weight[8:12] *= 20                            # quaternions of either sign
+    teacher.unet.out.bias[8:12] = 0
+    save_network(tmp_path / "teacher.pt", teacher, {}, half=False)
+    cfg = train.Config(size=16, width=8, mult=(1, 2), code=shape.code, told=2, batch=(2, 2, 2),
+                       out=tmp_path, device="cpu")
+    views = data.load(cars, "cars", "train", 16)
+    denoiser, teacher = train.make_networks(cfg, 1, views, white)
+    draws = (train.draw_batch(views, cfg, 0, cfg.iters[0] + k) for k in range(32))
+    mean, std = splat_statistics(
+        train.noised_teacher(denoiser, teacher, x, Camera(w2c, K, (16, 16)), white, t, eps, cfg)[0]
+        for x, w2c, K, t, eps in draws)
+    want = torch.full_like(std, SIGNAL if shape.code else 1)
+    torch.testing.assert_close(std[:15], want[:15], rtol=1e-3, atol=0)
+    assert shape.code or mean.abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("wild", [0, 0.01 * (9 + 2.25) / 2 + 0.001 * (3 + 4) / 2])
@@ -1549,11 +1571,11 @@ def test_samples_drawn_together_are_those_drawn_one_by_one(shape, cars):
     cfg = train.Config(size=16, steps=3, device="cpu")
     g = sample.predictor(teacher, denoiser, views, cfg, n=2)(1)
     x, cam, _ = sample.scene(views, sample.test_views(views, 1), cfg)
-    mean = denoiser.mean(teacher(x[:, :1]))
+    base = denoiser.base(teacher(x[:, :1]))
     for k in range(2):
         gen = torch.Generator().manual_seed(10**6 + 10**3 + k)
-        s = denoiser.sample(x[:, 0], mean, torch.randn(1, S, 16, 16, generator=gen), 3)
-        assert_same(sample.one(g, k), denoiser.gaussians(s, mean, cam.K[:, 0]), 1e-5)
+        s = denoiser.sample(x[:, 0], base, torch.randn(1, S, 16, 16, generator=gen), 3)
+        assert_same(sample.one(g, k), denoiser.gaussians(s, base, cam.K[:, 0]), 1e-5)
 
 
 CLIPS = dict(near=0.5, far=8., background=(0.5, 0.5, 0.5), aspect=1.5, window=12, log_depth=True,
@@ -1995,7 +2017,7 @@ def test_the_turntable_starts_at_the_picture_and_stays_level():
     """Against the source camera at angle 0, a constant distance and a constant height."""
     look = dict(distance=1.3, elevation=25., focal=1.)
     g, _ = benchmark_scene(1, 1, 9, 16)
-    w2c = torch.cat([sample.orbit(k * math.pi / 4, look) for k in range(8)], 1)     # (1, 8, 4, 4)
+    w2c = torch.cat([sample.orbit(45 * k, look) for k in range(8)], 1)     # (1, 8, 4, 4)
     centre = invert_pose(w2c)[0, :, :3, 3]                                    # (8, 3), y is down
     there = transform(sample.upright(g, look, 16), w2c[:, 0])                 # the source's axes
     assert torch.allclose(there.xyz, g.xyz, atol=1e-6)
@@ -2013,7 +2035,7 @@ def test_the_elevation_is_told_by_what_is_level(elevation):
     sides[:, n, rng.integers(0, 3, 4000)] = rng.choice([-1, 1], 4000)
     xyz = np.concatenate([sides[0] * [.45, .08, .2], sides[1] * [.2, .07, .18] - [0, .15, 0]])
     xyz = torch.from_numpy(xyz + rng.normal(0, .004, xyz.shape)).float()[None]      # (1, 8000, 3)
-    w2c = sample.orbit(0.6, dict(elevation=elevation, distance=1.3))[:, 0]
+    w2c = sample.orbit(math.degrees(0.6), dict(elevation=elevation, distance=1.3))[:, 0]
     g = Gaussians(xyz, xyz, torch.ones(1, 8000, 4), torch.ones(1, 8000), torch.zeros(1, 8000, 1, 3))
     assert abs(sample.estimate_elevation(transform(g, w2c), 1.3) - elevation) <= 2
 
@@ -2173,7 +2195,7 @@ def psnr_of_page(page, g, azimuth, elevation=10, zoom=1, **more):
     browse(frame, "", f"--screenshot={page.parent}/shot.png")
     seen = np.asarray(Image.open(page.parent / "shot.png").convert("RGB"))[52:500, :528] / 255
     h, w, _ = seen.shape                                                      # of the canvas
-    w2c = sample.orbit(math.radians(azimuth), dict(LOOK, elevation=elevation))
+    w2c = sample.orbit(azimuth, dict(LOOK, elevation=elevation))
     f = LOOK["focal"] * zoom * min(h, w)
     cam = Camera(w2c, torch.tensor([[[f, f, w / 2, h / 2]]]), (h, w))
     x_hat, _, _ = render(g, cam, torch.tensor([LOOK["background"]]))

@@ -48,14 +48,14 @@ from teacher import Teacher, given_teacher, splat_statistics
 @dataclass
 class Config:
     # what
-    dataset: str = "cars"        # cars, chairs, hydrants, teddybears, or path/to/your/own
+    dataset: str = "cars"        # a name in data.DATASETS, or path/to/your/own
     paper: bool = False          # sizes and numbers of the paper and of its teacher; see PAPER
     seed: int = 0
     teacher: str = ""            # teacher.pt or Splatter Image's file, in place of stage 0
     init: str = ""               # ours: continue training such a file in stage 0
-    n_train: int = 160           # procedural cars to make, if there are no real ones
+    n_train: int = 160           # procedural cars or rooms to make, if there are no real ones
     n_test: int = 20
-    data_seed: int = 0           # of the procedural cars
+    data_seed: int = 0           # of the procedural cars or rooms
     # network of teacher and student (the paper's student is smaller)
     size: int = 32               # pixels, height of the pictures; data.DATASETS has their aspect
     width: int = 16              # channels of the first level; see ModelConfig for these four
@@ -84,7 +84,7 @@ class Config:
     w_cyc: float = 0.1           # both stages; at 1 it outweighs the images, at 0 it is left out
     weighting: str = "min_snr"   # lambda_t: min_snr, constant, noise
     t_star: int = T_STAR         # stage 2 starts above this noise level (paper)
-    t_known: int = T - 1         # and not above this one (ours), where s_t still shows the code
+    t_known: int = T - 1         # nor above this one (ours); on a GPU 50: s_t still shows the code
     steps: int = 5               # DDIM steps unrolled in stage 2 and when sampling; paper: 10
     # what follows may change when a run continues
     root: str = "data"           # folder of the datasets
@@ -125,8 +125,8 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))       # processes
 
 # ---- the losses ----------------------------------------------------------------------------------
 # Each stage takes networks and one batch and returns named losses; `loss` is their total. x
-# (B, V, 3, H, W) and cam hold the source view, the targets, and views that only tell the teacher.
-# The first cfg.views are rendered and judged, the source among them, as in Splatter Image.
+# (B, V, 3, H, W) and cam hold the source view, then further ones. All of these tell the teacher;
+# the first cfg.views, the source among them, are rendered and judged, as in Splatter Image.
 
 def image_loss(x_hat, x):
     """|| x - x_hat ||^2 per object, over the views in x_hat (B, V, 3, H, W) -> (B,)."""
@@ -155,8 +155,8 @@ def total(losses, w_3dgs, cfg):
 
 
 def stage_0(teacher, x, cam, background, t, eps, cfg):
-    """The teacher: L = || x - R(T(x_src)) ||^2, and Flash3D's regularisers for splats larger than 2
-    or farther than 1 from their ray, which objects do not have. Half of the batch is told nothing
+    """The teacher: L = || x - R(T(x_src)) ||^2, and Flash3D's regularisers for scales above 2 and
+    offsets above 1 along an axis, which objects do not have. Half of the batch is told nothing
     (the paper's teacher), the other half what the further views show (ours)."""
     half = len(x) // 2
     code = None
@@ -171,7 +171,7 @@ def stage_0(teacher, x, cam, background, t, eps, cfg):
     g = teacher.gaussians(raw, cam.K[:, 0])
     x_hat, _, _ = render(g, cam.views(slice(cfg.views)), background)          # (B, V, 3, H, W)
     each = image_loss(x_hat, x)                                               # (B,)
-    # channels last, as is the gradient of raw: in another layout convolutions round otherwise
+    # channels last, to keep the gradient of raw so: convolutions in another layout round otherwise
     offset = raw.movedim(1, -1)[..., 1:4]                                     # (B, H, W, 3)
     wild = 0.001 * beyond(g.scale, 2) + 0.01 * beyond(offset.square(), 1)     # ()
     losses = dict(loss=each.mean() + wild)
@@ -181,25 +181,26 @@ def stage_0(teacher, x, cam, background, t, eps, cfg):
 
 
 def noised_teacher(denoiser, teacher, x, cam, background, t, eps, cfg):
-    """-> s_teacher, s_t (B, 24, H, W) each, their mean, and the code (B, code). Ours: the teacher
-    is told what the further views show; with --code=0 it sees the source alone, as in the paper."""
+    """-> s_teacher, s_t (B, 24, H, W) each, the base from which both are differences, and the code
+    (B, code). Ours: the teacher is told what the further views show; with --code=0 it sees the
+    source alone, as in the paper."""
     with torch.no_grad():
         code = None
         alone = raw = teacher(x[:, :1])                                       # (B, 24, H, W)
         if cfg.code:
             code = teacher.code(alone, x, cam, background)                    # (B, code)
             raw, _ = teacher.unet(x[:, 0], code=code)                         # (B, 24, H, W)
-        mean = denoiser.mean(alone)                               # (B, 24, H, W) or (1, 24, 1, 1)
-        s_teacher = denoiser.normalise(raw, mean)                             # (B, 24, H, W)
-    return s_teacher, add_noise(s_teacher, t, eps), mean, code
+        base = denoiser.base(alone)                               # (B, 24, H, W) or (1, 24, 1, 1)
+        s_teacher = denoiser.normalise(raw, base)                             # (B, 24, H, W)
+    return s_teacher, add_noise(s_teacher, t, eps), base, code
 
 
 def stage_1(denoiser, teacher, x, cam, background, t, eps, cfg):
     """Bootstrapping: L = || s - D(s_t) ||^2 + || x - R(D(s_t)) ||^2 + L_cyc through the teacher.
     Ours: + || code - what D reads off s_t ||^2."""
-    s_teacher, s_t, mean, code = noised_teacher(denoiser, teacher, x, cam, background, t, eps, cfg)
-    s_hat, code_hat = denoiser.predict(s_t, t, x[:, 0], mean)                 # (B, 24, H, W)
-    g = denoiser.gaussians(s_hat, mean, cam.K[:, 0])
+    s_teacher, s_t, base, code = noised_teacher(denoiser, teacher, x, cam, background, t, eps, cfg)
+    s_hat, code_hat = denoiser.predict(s_t, t, x[:, 0], base)                 # (B, 24, H, W)
+    g = denoiser.gaussians(s_hat, base, cam.K[:, 0])
     x_hat, _, _ = render(g, cam.views(slice(cfg.views)), background)          # (B, V, 3, H, W)
     losses = dict(loss_3dgs=F.mse_loss(s_hat, s_teacher), loss_image=image_loss(x_hat, x).mean())
     if cfg.w_cyc:
@@ -213,14 +214,14 @@ def stage_1(denoiser, teacher, x, cam, background, t, eps, cfg):
 def stage_2(denoiser, teacher, x, cam, background, t, eps, cfg):
     """Multi-step: L = lambda_t || x - R(D o ... o D(s_t)) ||^2 + L_cyc through the frozen student.
     Gradients flow through every step. If s_t hides the answer, the average of all answers has the
-    least loss. Ours: t is at most cfg.t_known, where s_t still shows it, and s_hat stays near the
-    teacher's s; else the next step reads another code off it."""
-    s_teacher, s_t, mean, _ = noised_teacher(denoiser, teacher, x, cam, background, t, eps, cfg)
+    least loss. Ours: t is at most cfg.t_known, so that s_t still shows it (on a GPU), and s_hat
+    stays near the teacher's s; else the next step reads another code off it."""
+    s_teacher, s_t, base, _ = noised_teacher(denoiser, teacher, x, cam, background, t, eps, cfg)
     step = denoiser
     if cfg.checkpoint:
         step = partial(checkpoint, denoiser, use_reentrant=False, preserve_rng_state=False)
-    *_, s_hat = denoise(step, s_t, t, x[:, 0], mean, cfg.steps)               # (B, 24, H, W)
-    g = denoiser.gaussians(s_hat, mean, cam.K[:, 0])
+    *_, s_hat = denoise(step, s_t, t, x[:, 0], base, cfg.steps)               # (B, 24, H, W)
+    g = denoiser.gaussians(s_hat, base, cam.K[:, 0])
     x_hat, _, _ = render(g, cam.views(slice(cfg.views)), background)          # (B, V, 3, H, W)
     weight = lambda_t(t, cfg.weighting, cfg.t_star, cfg.t_known)              # (B,)
     losses = dict(loss_3dgs=F.mse_loss(s_hat, s_teacher),             # ours; the paper drops it
@@ -230,9 +231,9 @@ def stage_2(denoiser, teacher, x, cam, background, t, eps, cfg):
         start = eps, torch.full_like(t, T - 1)                      # ours: one step, from noise
 
         def frozen(image, K):
-            mean = denoiser.mean(teacher(image[:, None]))                     # (B, 24, H, W)
-            s = functional_call(denoiser, weights, (*start, image, mean))     # (B, 24, H, W)
-            return denoiser.gaussians(s, mean, K)
+            base = denoiser.base(teacher(image[:, None]))         # (B, 24, H, W) or (1, 24, 1, 1)
+            s = functional_call(denoiser, weights, (*start, image, base))     # (B, 24, H, W)
+            return denoiser.gaussians(s, base, K)
         losses["loss_cyc"] = cycle_loss(frozen, x, x_hat, cam, background)
     return total(losses, cfg.w_3dgs_2, cfg)
 
@@ -288,7 +289,7 @@ def make_step(cfg, stage, network, teacher, background):
         losses = {k: v.detach() for k, v in losses.items()}
         average([*losses.values(), *(p.grad for p in params)])                # over processes
         norm = torch.nn.utils.clip_grad_norm_(params, cfg.clip)               # ()
-        optimiser.found_inf = (~norm.isfinite()).float()   # 1: Adam changes nothing
+        optimiser.found_inf = (~norm.isfinite()).float()   # 1: fused Adam changes nothing
         optimiser.param_groups[0]["lr"].copy_(lr)
         optimiser.step()
         return losses, norm
@@ -519,6 +520,7 @@ def parse(argv):
             (cfg.init and cfg.teacher, "--init begins stage 0, --teacher replaces it; give one"),
             (any(n % WORLD for n in cfg.batch) or cfg.code and cfg.batch[0] < 2 * WORLD,
              "--batch: give multiples of the number of processes, in stage 0 two each or more"),
+            (cfg.code and cfg.views > 1 + cfg.told, "give --views up to 1 + --told; all of them tell"),
             (not cfg.t_star < cfg.t_known < T, f"give --t_star < --t_known < {T}"),
             (cfg.width % 2 or h % halvings or w % halvings,
              f"--width, and {h}x{w} by --size on each level of --mult but the last, must be even"),
