@@ -483,17 +483,13 @@ def parallel(function, jobs, title):
         yield from tqdm(run(function, jobs), title, len(jobs), leave=False)
 
 
-def main():
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Prepare a dataset and print what it holds.")
     parser.add_argument("dataset", help=f"{', '.join(DATASETS)}, or path/to/your/own")
     for flag, default in dict(root="data", size=128, n_train=200, n_test=24, seed=0).items():
         parser.add_argument(f"--{flag}", default=default, type=type(default))
-    prepare(**vars(parser.parse_args()))
-
-
-if __name__ == "__main__":
     try:
-        main()
+        prepare(**vars(parser.parse_args()))
     except KeyboardInterrupt:
         fail("stopped; the same command goes on")
     except OSError as e:
