@@ -151,7 +151,7 @@ def load(root, dataset, split, size, limit=None):
     stamp = hashlib.sha256(stamp.encode()).hexdigest()[:12]
     stem = Path(root, ".cache", f"{Path(dataset).name}_{split}_{size}_{stamp}")
     if not read_pack(stem, hw):
-        pack(stem, objects, split, size, about)
+        pack(stem, objects, split, hw, about)
     *arrays, checks = read_pack(stem, hw)
     return Views(*map(torch.from_numpy, arrays), [item.name for item in objects], dict(
         dataset=dataset, split=split, hw=hw, **about, root=str(folder.parent),
@@ -160,13 +160,12 @@ def load(root, dataset, split, size, limit=None):
         listed=read_list(clip_file(folder)) if "window" in about else {}))
 
 
-def read_object(folder, split, size, about):
+def read_object(folder, split, hw, background):
     """All views of one object -> pixels (V, H, W, 3) uint8, c2w (V, 4, 4) float64, and K (V, 4 or
-    5) in pixels. H is the size; about["background"] is the colour behind transparent pictures."""
-    read = layout(folder, split)
-    hw = size, round(size * about.get("aspect", 1))
+    5) in pixels. The background is the colour behind transparent pictures."""
     with reading(folder, "an object that can be read"):
-        views = [(c2w, K, resize(picture, hw)) for c2w, K, picture in read(about["background"])]
+        read = layout(folder, split)
+        views = [(c2w, K, resize(picture, hw)) for c2w, K, picture in read(background)]
         c2w, K, pixels = map(np.stack, zip(*views))
     K[:, :4] *= hw[::-1] * 2                                                 # W H W H
     return pixels, c2w, K
@@ -424,9 +423,9 @@ def list_objects(folders, split):
     return found
 
 
-def pack(stem, objects, split, size, about):
+def pack(stem, objects, split, hw, about):
     """Write <stem>.u8, the pictures, and <stem>.npz, all else; named so when they are whole."""
-    read = partial(read_object, split=split, size=size, about=about)
+    read = partial(read_object, split=split, hw=hw, background=about["background"])
     title = f"packing {stem.name}"
     rows = []
     with reading(f"{stem}.u8", "written: free some space, or give another --root"):
@@ -437,7 +436,7 @@ def pack(stem, objects, split, size, about):
                     pictures = pixels.transpose(0, 3, 1, 2).tobytes()        # V x 3 x H x W
                     check = zlib.crc32(pictures, zlib.crc32(c2w.tobytes()))
                     if about is OWN and K.shape[1] == 4:
-                        c2w, K = centred(c2w, K, folder, size)
+                        c2w, K = centred(c2w, K, folder, hw[0])
                     file.write(pictures)
                     rows.append((c2w, K, check))
                 file.flush()

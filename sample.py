@@ -550,10 +550,10 @@ def prepare(path, cfg, meta):
 def read_views(cfg, meta, a):
     """The source view, then those that guide -> images (1, V, 3, H, W), cameras relative to the
     first, background."""
-    meta = dict(meta, aspect=cfg.aspect)                                      # for `read_object`
     if a.image.is_dir():
         split = next((split for split in data.SPLITS if data.layout(a.image, split)), "test")
-        pixels, c2w, K = data.read_object(a.image, split, cfg.size, meta)     # (V, H, W, 3)
+        hw = cfg.size, round(cfg.size * cfg.aspect)
+        pixels, c2w, K = data.read_object(a.image, split, hw, meta["background"])     # (V, H, W, 3)
         if K.shape[1] < len(meta["K"]):
             c2w, K = data.centred(c2w, K, a.image, cfg.size)
         if K.shape[1] > len(meta["K"]):

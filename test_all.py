@@ -794,7 +794,7 @@ def test_alpha_is_straight_but_in_srn_only_a_mask(tmp_path):
     assert read(77) == read(77, transparency=78) == [77] * 3
     assert read(77, transparency=77) == [255] * 3
     write_srn(tmp_path / "a", LOOKS[:1], WIDE, [np.full((32, 32, 4), 128, np.uint8)])
-    pixels, _, _ = data.read_object(tmp_path / "a", "train", 32, dict(background=(1., 1., 1.)))
+    pixels, _, _ = data.read_object(tmp_path / "a", "train", (32, 32), (1., 1., 1.))
     assert (pixels == 128).all()
 
 
