@@ -364,9 +364,9 @@ def score_table(cfg, views, about):
         predict = predictor(teacher, student, views, cfg, given, cfg.samples)
         scores = evaluate(predict, views, cfg, cfg.eval_views, range(len(views)), name, lpips)
         rows[name] = dict(minutes=meta["minutes"], **average_scores(scores))
-        text = "".join(json.dumps(r) + "\n" for r in scores)
-        write_atomically(out / "scores" / f"{cfg.split}_{stem}.jsonl",
-                         lambda file: file.write(text.encode()))
+        lines = [json.dumps(r).encode() + b"\n" for r in scores]
+        write_atomically(out / f"scores/{cfg.split}_{stem}.jsonl",
+                         lambda file: file.writelines(lines))
     kind = "procedural" if views.meta["procedural"] else "real"
     h, w = views.meta["hw"]
     targets = (f"view {views.meta['source']} in, {cfg.eval_views or 'all'} others out"
@@ -407,8 +407,8 @@ def preview(teacher, student, views, cfg):
         rows.append(torch.cat(row, -1))                                       # (3, H, columns W)
     zoom = max(1, 128 // cfg.size)                                            # legible
     sheet = to_pixels(torch.cat(rows, 1)).repeat(zoom, 0).repeat(zoom, 1)     # (6 H, columns W, 3)
-    picture = encoded([sheet], "PNG")
-    write_atomically(Path(cfg.out) / "preview.png", lambda file: file.write(picture))
+    write_atomically(Path(cfg.out) / "preview.png",
+                     lambda file: Image.fromarray(sheet).save(file, "PNG"))
 
 
 # ==== The lesson ends here. Below: file formats, pictures from the wild, flags. ===================
@@ -463,8 +463,7 @@ def quantise(states):
     x = x.clip(low - margin, high + margin)
     low = x.min((0, 1))                                                       # (23,)
     high = x.max((0, 1))                                                      # (23,)
-    q = 65535 * (x - low) / (high - low).clip(1e-30) + 0.5                    # (states, n, 23)
-    q = q.astype(np.uint16)
+    q = (65535 * (x - low) / (high - low).clip(1e-30) + 0.5).astype(np.uint16)    # (states, n, 23)
     # The low byte of the last state, then the high bytes of all; zlib finds the states alike.
     stream = np.concatenate([q[-1:], q >> 8]).astype(np.uint8).T              # (23, n, 1 + states)
     return dict(n=q.shape[1], states=len(q), low=low.tolist(), high=high.tolist(),
