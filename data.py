@@ -324,11 +324,10 @@ def clip_file(folder):
 
 def layout(folder, split):
     """The reader of the object in this folder, by a file of its layout; None if it is no object."""
-    for name, read in ((f"transforms_{split}.json", read_nerf), ("transforms.json", read_nerf),
-                       ("focal_lengths.npy", read_co3d), ("intrinsics.txt", read_srn)):
-        path = Path(folder, name)
-        if path.exists():
-            return partial(read, path)
+    for name, read in {f"transforms_{split}.json": read_nerf, "transforms.json": read_nerf,
+                       "focal_lengths.npy": read_co3d, "intrinsics.txt": read_srn}.items():
+        if (folder / name).exists():
+            return partial(read, folder / name)
     if clip_file(folder).exists() and any(folder.glob("[!.]*.[jp][pn]g")):
         return partial(read_clip, clip_file(folder))
 
