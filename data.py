@@ -278,11 +278,10 @@ def read_co3d(path, background):
         shape, low, high = pictures.shape, pictures.min(), pictures.max()
         if shape != (len(R), 3, *shape[2:3] * 2) or not -.01 < low <= high < 1.01:
             raise ValueError(f"{shape}, from {low:g} to {high:g}")
-    c2w = np.tile(np.eye(4), (len(R), 1, 1))                                 # (V, 4, 4)
-    c2w[:, :3] = np.concatenate([R * [-1, -1, 1], -R @ T], 2)                # to OpenCV's axes
+    c2w = np.concatenate([R * [-1, -1, 1], -R @ T], 2)                       # (V, 3, 4) OpenCV's
     pinhole(K[:, :4], path)
     for m, k, x in zip(c2w, K, pictures):
-        m = rigid(m, f"{folder.parent}/camera_Rs.npz: {folder.name}")
+        m = rigid([*m.ravel(), 0, 0, 0, 1], f"{folder.parent}/camera_Rs.npz: {folder.name}")
         picture = (255 * x.clip(0, 1) + .5).astype(np.uint8)                 # (3, S, S)
         yield m, k, picture.transpose(1, 2, 0)
 
