@@ -309,27 +309,24 @@ def make_networks(cfg, stage, views, background):
     """-> the network that learns in this stage, and the frozen teacher, None in stage 0."""
     shape = shape_of(cfg, views.meta)
     torch.manual_seed(cfg.seed)
-    if stage == 0 and cfg.init:
-        return given_teacher(cfg.init, shape, learns=True), None
-    teacher = None
-    if stage > 0:
-        teacher, _ = load_network(Path(cfg.out) / "teacher.pt", Teacher, cfg.device)
-        teacher.requires_grad_(False).to(memory_format=torch.channels_last)
+    if stage == 0:
+        given = cfg.init and given_teacher(cfg.init, shape, learns=True)
+        return given or Teacher(shape), None
+    teacher, _ = load_network(Path(cfg.out) / "teacher.pt", Teacher, cfg.device)
+    teacher.requires_grad_(False).to(memory_format=torch.channels_last)
     if stage == 2:
         return load_network(Path(cfg.out) / "stage_1.pt", Denoiser)[0], teacher
-    network = (Denoiser if stage else Teacher)(shape)
-    if stage == 1:
-        # units of the splats that stage 1 will noise, from 32 batches; until then they are 1
-        network.to(cfg.device)
-        draws = (draw_batch(views, cfg, 0, cfg.iters[0] + i, slice(None)) for i in range(32))
-        splats = (noised_teacher(network, teacher, x, Camera(w2c, K, views.meta["hw"]), background,
-                                 t, eps, cfg)[0] for x, w2c, K, t, eps in draws)
-        network.stats.copy_(splat_statistics(splats))                         # (2, 24)
-        network.stats[1] /= SIGNAL if cfg.code else 1
-        if cfg.warm_start and replace(teacher.cfg, code=cfg.code) == shape:
-            network.warm_start(teacher.unet)
-        elif cfg.warm_start:
-            print(f"no warm start: the teacher is {teacher.cfg}, the student {shape}")
+    network = Denoiser(shape).to(cfg.device)
+    # units of the splats that stage 1 will noise, from 32 batches; until then they are 1
+    draws = (draw_batch(views, cfg, 0, cfg.iters[0] + i, slice(None)) for i in range(32))
+    splats = (noised_teacher(network, teacher, x, Camera(w2c, K, views.meta["hw"]), background,
+                             t, eps, cfg)[0] for x, w2c, K, t, eps in draws)
+    network.stats.copy_(splat_statistics(splats))                             # (2, 24)
+    network.stats[1] /= SIGNAL if cfg.code else 1
+    if cfg.warm_start and replace(teacher.cfg, code=cfg.code) == shape:
+        network.warm_start(teacher.unet)
+    elif cfg.warm_start:
+        print(f"no warm start: the teacher is {teacher.cfg}, the student {shape}")
     return network, teacher
 
 
