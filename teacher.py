@@ -107,18 +107,18 @@ def given_teacher(path, want, learns):
     if "network" in load_checkpoint(path):
         given, _ = load_network(path, Teacher)
     else:
-        given = load_splatter_image(path, want.near, want.far)
+        given = load_splatter_image(path)
     if learns and want.code and not given.encoder:
         told = Teacher(replace(given.cfg, code=want.code))
         told.load_state_dict(given.state_dict(), strict=False)
         given = told
-    need = {k: getattr(want, k) for k in ("size", "aspect", "pad", "log_depth")}
-    if want.code or learns:
-        need["code"] = want.code
-    if replace(given.cfg, **need) != given.cfg:
-        said = ", ".join(f"{k}={x}" for k, x in need.items())
-        fail(f"{path}: a {given.cfg}, but these flags need {said}")
+    layers = ["width", "mult", "blocks", "attn"]
+    if not (want.code or learns):
+        layers.append("code")
+    need = replace(want, **{k: getattr(given.cfg, k) for k in layers})
     given.cfg = replace(given.cfg, near=want.near, far=want.far)   # of the data that it is used on
+    if given.cfg != need:
+        fail(f"{path}: a {given.cfg}, but these flags need a {need}")
     return given
 
 
@@ -127,9 +127,9 @@ UNUSED = ("ray_dirs", "sh_to_v_transform", "v_to_sh_transform",   # constants th
           "resample_filter")                                      # a 2 x 2 box: average pooling
 
 
-def load_splatter_image(path, near, far):
-    """model_<category>.pth of Splatter Image -> Teacher of the shape of these weights. near, far:
-    world units, of the category; the file does not say."""
+def load_splatter_image(path):
+    """model_<category>.pth of Splatter Image -> Teacher of the shape of these weights, but for near
+    and far, of which the file does not say anything."""
     with reading(path, "Splatter Image with one input view, offsets and SH of degree 1"):
         theirs = load_checkpoint(path)["model_state_dict"]
         state = {re.sub(PREFIX, "", k): x for k, x in theirs.items() if not k.endswith(UNUSED)}
@@ -139,6 +139,6 @@ def load_splatter_image(path, near, far):
         attn = max([r for r in res if f"enc.{r}x{r}_block0.qkv.weight" in state], default=0)
         width = len(state[f"enc.{res[0]}x{res[0]}_conv.weight"])
         teacher = Teacher(ModelConfig(res[0], width, tuple(c // width for c in chan),
-                                      len(blocks) // len(res), attn, near, far))
+                                      len(blocks) // len(res), attn))
         teacher.unet.load_state_dict(state)
     return teacher.eval()

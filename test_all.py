@@ -1176,7 +1176,7 @@ def test_released_weights_are_read_and_what_does_not_fit_is_named(tmp_path):
     path, cfg = tmp_path / "model_cars.pth", ModelConfig(16, 8, (1, 2), 2, 8)
     mine = Teacher(cfg)
     state = released(mine.unet, path)
-    theirs = load_splatter_image(path, 0.8, 1.8)
+    theirs = load_splatter_image(path)
     assert theirs.cfg == cfg and all(map(torch.equal, mine.parameters(), theirs.parameters()))
     state["network_with_offset.new"] = torch.ones(1)
     state["network_with_offset.out.bias"] = torch.ones(21)
@@ -1186,7 +1186,7 @@ def test_released_weights_are_read_and_what_does_not_fit_is_named(tmp_path):
                          (dict(state=state), "KeyError 'model_state_dict'"),
                          (dict(model_state_dict=torch.ones(3)), "not Splatter Image")]:
         torch.save(flawed, path)
-        assert re.search(said, refused(load_splatter_image, path, 0.8, 1.8))
+        assert re.search(said, refused(load_splatter_image, path))
 
 
 # ---- train.py ------------------------------------------------------------------------------------
@@ -1752,7 +1752,7 @@ def test_released_weights_are_the_papers_teacher_or_learn_to_be_told(cars, tmp_p
     assert "stage 2" in table(paper) and not any("told" in name for name in table(paper))
     assert list(alone) == ["teacher"] and alone["teacher"]["one"] == table(paper)["teacher"]["one"]
     new = load_checkpoint(paper / "teacher.pt")["state"]
-    old = load_splatter_image(path, 0.8, 1.8).state_dict()
+    old = load_splatter_image(path).state_dict()
     assert all(torch.equal(p, new[k]) for k, p in old.items()) and len(new) == len(old)
     run_training(cars, ours, f"--init={path}", "--iters=(2,2,0)", "--lr=(0,1e-3,1e-3)")
     assert [(r["stage"], r["step"]) for r in records(ours)] == [(0, 1), (0, 2), (1, 1), (1, 2)]
