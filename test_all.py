@@ -1386,7 +1386,7 @@ def small_step(device, stages=(0, 1, 2), count=20, **flags):
         step, _ = train.make_step(cfg, stage, network, teacher, torch.ones(3, device=device))
         for k in range(count):
             lr = torch.full((), 1e-3, device=device)
-            losses.append(float(step(*train.draw_batch(views, cfg, stage, k), lr)[0]["loss"]))
+            losses.append(float(step(*train.draw_batch(views, cfg, stage, k), lr)["loss"]))
     return torch.tensor(losses)
 
 
@@ -1414,7 +1414,7 @@ def test_a_gradient_that_is_no_number_changes_no_weight():
     network, (x, cam, white) = Teacher(TINY), scene_batch(views=2)
     cfg = train.Config(size=16, device="cpu", code=0)
     step, optimiser = train.make_step(cfg, 0, network, None, white)
-    take = lambda x: step(x, cam.w2c, cam.K, None, None, torch.tensor(1e-3))[1]
+    take = lambda x: step(x, cam.w2c, cam.K, None, None, torch.tensor(1e-3))["grad_norm"]
     state = lambda: deepcopy([*network.parameters(), *[
         v for s in optimiser.state.values() for v in s.values()]])
     take(x)

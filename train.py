@@ -270,7 +270,7 @@ def learning_rate(cfg, stage, step):
 
 def make_step(cfg, stage, network, teacher, background):
     """-> step, optimiser. step(x, w2c, K, t, eps, lr) trains once, without waiting for the device,
-    and returns the named losses and the norm of the gradient."""
+    and returns the named losses, grad_norm among them."""
     stage_loss = (stage_0, stage_1, stage_2)[stage]
     networks = [network, teacher] if stage else [network]
     for net in networks:
@@ -292,7 +292,7 @@ def make_step(cfg, stage, network, teacher, background):
         optimiser.found_inf = (~norm.isfinite()).float()   # 1: fused Adam changes nothing
         optimiser.param_groups[0]["lr"].copy_(lr)
         optimiser.step()
-        return losses, norm
+        return dict(losses, grad_norm=norm)
     return (Captured(step) if cfg.graph else step), optimiser
 
 
@@ -354,7 +354,7 @@ def train_stage(cfg, stage, views, test, state):
         if state["left"] == 0:
             fail("stopped and saved, after --max_steps; the same command continues")
         lr = torch.full((), learning_rate(cfg, stage, step), device=cfg.device)
-        losses, norm = step_once(*draw_batch(views, cfg, stage, step), lr)
+        losses = step_once(*draw_batch(views, cfg, stage, step), lr)
         decay = min(cfg.ema, (1 + step) / (10 + step))     # short memory at first
         with torch.no_grad():
             torch._foreach_lerp_([*ema.parameters()], [*network.parameters()], 1 - decay)
@@ -365,7 +365,7 @@ def train_stage(cfg, stage, views, test, state):
         shown = done % cfg.preview_every == 0 or done == iters
         if RANK == 0 and (shown or done % cfg.log_every == 0):
             record = dict(stage=stage, step=done, **{k: v.item() for k, v in losses.items()},
-                          grad_norm=norm.item(), steps_per_s=bar.format_dict["rate"])
+                          steps_per_s=bar.format_dict["rate"])
             bar.set_postfix_str(f"loss {record['loss']:.4f}")
             if shown:
                 networks = teacher or ema, ema if stage else None
