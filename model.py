@@ -14,7 +14,6 @@ import math
 import os
 import zlib
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -383,7 +382,6 @@ def pick_device(name=""):
 
 def write_atomically(path, write):
     """write(file), then rename that file to `path`, so that a reader never sees half of it."""
-    path = Path(path)
     part = path.with_name(f".{path.name}.part")
     content = io.BytesIO()      # in memory first: torch.save hides that a disk is full
     write(content)
