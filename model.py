@@ -362,12 +362,10 @@ class Denoiser(nn.Module):
                 continue
             mine.zero_()
             w = theirs.get(name, mine.clone())
-            if w.dim() == 1:
-                mine.copy_(w)
-            elif ".affine." in name:                          # the last columns are the code's
+            if name.endswith("affine.weight"):                # the last columns are the code's
                 mine[:, mine.shape[1] - code:] = w[:, :code]
             else:                                             # the first channels are the image's
-                mine[:, :w.shape[1]] = w
+                mine[tuple(map(slice, w.shape))] = w
 
 
 # ==== The lesson ends here. Below: devices, and weights on disk. ==================================
