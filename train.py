@@ -487,15 +487,13 @@ def value_of(field, text):
 
 def parse(argv):
     """--name=value or --name value -> Config; the defaults depend on the machine."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"{inspect.getsource(Config)}\nOn a GPU: {GPU}\n\n--paper: {PAPER}",
-        allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.format_help = lambda: (f"{__doc__}\n{inspect.getsource(Config)}\nOn a GPU: {GPU}\n\n"
+                                  f"--paper: {PAPER}\n")
     parser.error = fail
     for f in fields(Config):
         bare = dict(nargs="?", const=True) if f.type is bool else {}
-        parser.add_argument(f"--{f.name}", type=partial(value_of, f), help=argparse.SUPPRESS,
-                            **bare)
+        parser.add_argument(f"--{f.name}", type=partial(value_of, f), **bare)
     given = vars(parser.parse_args(argv))
     device = pick_device(given.get("device"))
     if WORLD > 1 and device == "cuda":
