@@ -328,12 +328,8 @@ class Denoiser(nn.Module):
         return canonical(raw) if self.cfg.code else self.stats[None, 0, :, None, None]
 
     def forward(self, s_t, t, x_src, base):
-        return self.predict(s_t, t, x_src, base)[0]
-
-    def predict(self, s_t, t, x_src, base):
-        """-> s_hat (B, 24, H, W), and the code (B, code) that was read off s_t, or None."""
-        raw, code = self.unet(x_src, t, s_t=s_t)
-        return self.normalise(raw, base), code
+        raw, _ = self.unet(x_src, t, s_t=s_t)                                 # (B, 24, H, W)
+        return self.normalise(raw, base)
 
     def normalise(self, raw, base):
         """Raw splats -> s (B, 24, H, W): their difference from `base`, each channel in its own unit

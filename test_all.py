@@ -1079,7 +1079,7 @@ def test_the_code_is_read_off_the_sum_of_noisy_splats():
     for k in range(100):
         code, t = 1.4 * torch.randint(2, (16, 2)) - 0.7, torch.randint(T, (16,))
         s_t = add_noise((code @ adds)[..., None, None], t, random_splats(16, seed=k))
-        _, code_hat = denoiser.predict(s_t, t, torch.rand(16, 3, 16, 16), torch.zeros(1, S, 1, 1))
+        _, code_hat = denoiser.unet(torch.rand(16, 3, 16, 16), t, s_t=s_t)
         losses.append(F.mse_loss(code_hat, code))
         adam.zero_grad()
         losses[k].backward()

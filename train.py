@@ -199,7 +199,8 @@ def stage_1(denoiser, teacher, x, cam, background, t, eps, cfg):
     """Bootstrapping: L = || s - D(s_t) ||^2 + || x - R(D(s_t)) ||^2 + L_cyc through the teacher.
     Ours: + || code - what D reads off s_t ||^2."""
     s_teacher, s_t, base, code = noised_teacher(denoiser, teacher, x, cam, background, t, eps, cfg)
-    s_hat, code_hat = denoiser.predict(s_t, t, x[:, 0], base)                 # (B, 24, H, W)
+    raw, code_hat = denoiser.unet(x[:, 0], t, s_t=s_t)               # (B, 24, H, W), (B, code)
+    s_hat = denoiser.normalise(raw, base)                                     # (B, 24, H, W)
     g = denoiser.gaussians(s_hat, base, cam.K[:, 0])
     x_hat, _, _ = render(g, cam.views(slice(cfg.views)), background)          # (B, V, 3, H, W)
     losses = dict(loss_3dgs=F.mse_loss(s_hat, s_teacher), loss_image=image_loss(x_hat, x).mean())
