@@ -75,8 +75,7 @@ class Teacher(nn.Module):
         with torch.no_grad():
             g = self.gaussians(raw, cam.K[:, 0])
             seen, _, _ = render(g, cam.views(slice(1, None)), background)     # (B, V-1, 3, H, W)
-        device = images.device.type
-        with torch.autocast(device, torch.bfloat16, self.unet.bf16, cache_enabled=False):
+        with torch.autocast(seen.device.type, torch.bfloat16, self.unet.bf16, cache_enabled=False):
             return self.encoder(images[:, 1:] - seen).float()
 
     def gaussians(self, raw, K):
