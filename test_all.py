@@ -2036,7 +2036,7 @@ def test_the_elevation_is_told_by_what_is_level(elevation):
     xyz = np.concatenate([sides[0] * [.45, .08, .2], sides[1] * [.2, .07, .18] - [0, .15, 0]])
     xyz = torch.from_numpy(xyz + rng.normal(0, .004, xyz.shape)).float()[None]      # (1, 8000, 3)
     w2c = sample.orbit(math.degrees(0.6), dict(elevation=elevation, distance=1.3))[:, 0]
-    g = Gaussians(xyz, xyz, torch.ones(1, 8000, 4), torch.ones(1, 8000), torch.zeros(1, 8000, 1, 3))
+    g = Gaussians(xyz, xyz, torch.ones(1, 8000, 4), torch.ones(1, 8000), torch.zeros(1, 8000, 4, 3))
     assert abs(sample.estimate_elevation(transform(g, w2c), 1.3) - elevation) <= 2
 
 
