@@ -341,12 +341,6 @@ class Denoiser(nn.Module):
         """The inverse, as Gaussians in the frame of the camera K (B, 4 or 5)."""
         return splats_to_gaussians(s * self.stats[1, :, None, None] + base, K, self.cfg)
 
-    def sample(self, x_src, base, eps, steps=STEPS, guide=None):
-        """Pure noise eps (B, 24, H, W) -> normalised splats of the object in x_src (B, 3, h, w)."""
-        t = torch.full((len(x_src),), T - 1, device=x_src.device)
-        *_, s_hat = denoise(self, eps, t, x_src, base, steps, guide)
-        return s_hat
-
     @torch.no_grad()
     def warm_start(self, unet):
         """Begin as the teacher (our addition): its weights, and zeros for what it does not have:

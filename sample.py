@@ -22,7 +22,8 @@ from PIL import Image
 from tqdm import tqdm
 
 import data
-from model import Denoiser, S, fingerprint, load_network, pick_device, write_atomically
+from model import (Denoiser, S, T, denoise, fingerprint, load_network, pick_device,
+                   write_atomically)
 from rasterize import (ALPHA_MIN, LOW_PASS, NEAR, Camera, Gaussians, fail, invert_pose, render,
                        transform)
 from teacher import Teacher
@@ -63,7 +64,9 @@ def sample_splats(denoiser, teacher, x, cam, background, generators, steps):
     to_gaussians = lambda s: denoiser.gaussians(s, base, cam.K[:, 0])
     guide = guidance(to_gaussians, x, cam, background)
     x_src = x[:, 0].expand(len(eps), -1, -1, -1)                              # (B, 3, h, w)
-    return denoiser.sample(x_src, base, eps, steps, guide), to_gaussians
+    t = torch.full((len(eps),), T - 1, device=x.device)                       # (B,) pure noise
+    *_, s_hat = denoise(denoiser, eps, t, x_src, base, steps, guide)          # (B, 24, H, W)
+    return s_hat, to_gaussians
 
 
 def results(denoiser, teacher, meta, a):

@@ -1564,7 +1564,7 @@ def test_controls_and_guided_samples_come_nearer_to_the_view_that_they_are_given
 @told_or_not
 @torch.no_grad()
 def test_samples_drawn_together_are_those_drawn_one_by_one(shape, cars):
-    """Against `Denoiser.sample`, one at a time, from the noise of that object and sample."""
+    """Against `denoise`, one at a time, from the noise of that object and sample."""
     torch.manual_seed(0)
     views = data.load(cars, "cars", "train", 16)
     teacher, denoiser = Teacher(shape), Denoiser(shape)
@@ -1573,8 +1573,8 @@ def test_samples_drawn_together_are_those_drawn_one_by_one(shape, cars):
     x, cam, _ = sample.scene(views, sample.test_views(views, 1), cfg)
     base = denoiser.base(teacher(x[:, :1]))
     for k in range(2):
-        gen = torch.Generator().manual_seed(10**6 + 10**3 + k)
-        s = denoiser.sample(x[:, 0], base, torch.randn(1, S, 16, 16, generator=gen), 3)
+        eps = torch.randn(1, S, 16, 16, generator=torch.Generator().manual_seed(10**6 + 10**3 + k))
+        *_, s = denoise(denoiser, eps, torch.tensor([T - 1]), x[:, 0], base, 3)
         assert_same(sample.one(g, k), denoiser.gaussians(s, base, cam.K[:, 0]), 1e-5)
 
 
