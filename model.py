@@ -14,6 +14,7 @@ import math
 import os
 import zlib
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F

@@ -272,34 +272,13 @@ def predictor(teacher, student, views, cfg, given=None, n=1):
     return predict
 
 
-def hidden(depth, alpha, cam, frame=False):
-    """Pixels that show what the first view does not: depth and alpha (V, 1, H, W) of renderings
-    from cam (B = 1) -> (V, H, W) bool. Their points lie more than 0.05 world units behind what the
-    first camera sees; or, with `frame`, for clips, outside its picture."""
-    V, _, H, W = depth.shape
-    n = torch.arange(H * W, device=depth.device)                              # (HW,)
-    f, c = cam.K[0, :, :4, None].split(2, 1)                                  # (V, 2, 1)
-    z = (depth / alpha.clamp(min=1e-3)).flatten(2)                            # (V, 1, HW)
-    pixel = torch.stack([n % W, n // W]) + 0.5                                # (2, HW)
-    xyz = torch.cat([(pixel - c) / f * z, z], 1)                              # (V, 3, HW)
-    R, t = invert_pose(cam.w2c[0])[:, :3].split([3, 1], 2)                    # to the first camera
-    xyz = R @ xyz + t                                                         # (V, 3, HW)
-    xy = xyz[:, :2] / xyz[:, 2:] * f[0] + c[0]                                # (V, 2, HW)
-    size = n.new_tensor([[W], [H]])                                           # (2, 1)
-    x, y = xy.long().clamp(min=0).minimum(size - 1).unbind(1)                 # (V, HW)
-    away = xyz[:, 2] > z[0, 0, y * W + x] + 0.05                              # (V, HW)
-    if frame:
-        away |= ((xy < 0) | (xy >= size)).any(1) | (xyz[:, 2] < 0)
-    return (away & (alpha.flatten(1) > 0.5)).view(V, H, W)
-
-
 @torch.no_grad()
 def evaluate(predict, views, cfg, n_views, objects, title="", lpips=None):
     """Scores of each test object, a dict each. predict(o) makes the Gaussians of n samples.
 
     one, mean, best: PSNR in the n_views novel views of one sample (the average over samples), of
-    the samples' mean image, and of the best sample. std: between samples, in pixels that the source
-    view hides. Of clips as in Flash3D: without a border of 5 %, the three targets also one by one.
+    the samples' mean image, and of the best sample. std: deviation of a pixel between samples. Of
+    clips as in Flash3D: without a border of 5 %, the three targets also one by one.
     Of procedural data also `cars.door_scores`."""
     clips = "window" in views.meta
     border = [clips * math.ceil(0.05 * n) for n in views.meta["hw"]]          # pixels
@@ -309,9 +288,8 @@ def evaluate(predict, views, cfg, n_views, objects, title="", lpips=None):
         index = test_views(views, o, n_views)                                 # (V,)
         x, cam, background = scene(views, index, cfg)                         # (1, V, 3, H, W)
         g = predict(o)                                                        # (n, N, ..)
-        drawn = [render(one(g, k), cam, background) for k in range(len(g.xyz))]
-        x_hat, alpha, depth = map(torch.cat, zip(*drawn))                     # (n, V, .., H, W)
-        x_hat = x_hat[inner]                                                  # (n, V, 3, h, w)
+        drawn = [renderings(one(g, k), cam, background) for k in range(len(g.xyz))]
+        x_hat = torch.cat(drawn)[inner]                                       # (n, V, 3, h, w)
         x = x[inner]                                                          # (1, V, 3, h, w)
         shown = x[0].flatten(1).amax(1) > 0   # (V,) CO3D: a picture without a mask is all black
         shown[0] = False                                                      # the source
@@ -324,10 +302,8 @@ def evaluate(predict, views, cfg, n_views, objects, title="", lpips=None):
         if lpips:
             r["lpips"] = lpips(2 * novel[0] - 1, 2 * truth - 1).mean()
         if len(g.xyz) > 1:
-            r |= dict(mean=psnr(novel.mean(0), truth).mean(), best=each.max())
-            where = hidden(depth[0], alpha[0], cam, clips)[shown][inner]      # (V', h, w)
-            if where.any():
-                r["std"] = novel.std(0).mean(1)[where].mean()
+            r |= dict(mean=psnr(novel.mean(0), truth).mean(), best=each.max(),
+                      std=novel.std(0).mean())
         if views.meta["procedural"]:
             toy = data.TOYS[views.meta["dataset"]]
             v, *pair = toy.hidden_pair(views, o, data.resize)                 # (3, H, W) each
