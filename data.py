@@ -41,15 +41,13 @@ from toys import cars, rooms
 #   background   rgb
 #   source       the view of a test object that is the input; all others are targets
 #   iters        steps of the teacher, for --paper
-# For scenes:
-#   aspect       width / height of the pictures; 1 for objects
+#   aspect       width / height of the pictures; 1 for objects, as the others are of scenes:
 #   window       targets are at most this many frames from the source; for objects, all views
 #   log_depth    depth = near (far / near)^sigmoid
 #   pad          the splat image is larger than the picture by this part of H on each side
 ON_WHITE = (1., 1., 1.)
 CO3D = dict(near=-2.0, far=2.0, background=(0., 0., 0.), source=0, iters=900_001)
-# In the unit of `read_clip`, corners triangulated in real clips have depths from 1.6 to 20. Such
-# corners miss what is nearest and farthest, hence more room.
+# In the unit of `read_clip` real corners lie at 1.6 to 20; corners miss the nearest and farthest.
 SCENE = dict(near=0.5, far=50.0, background=(.5, .5, .5), iters=500_001, aspect=1.5, window=30,
              log_depth=True, pad=1 / 8)
 DATASETS = {
@@ -139,8 +137,7 @@ def prepare(dataset, root="data", size=128, n_train=200, n_test=24, seed=0, spli
 
 
 def load(root, dataset, split, size, limit=None):
-    """Views of a split's first `limit` objects; packs them first if they are new. The packs in
-    <root>/.cache may be deleted at any time."""
+    """Views of a split's first `limit` objects, from the pack in <root>/.cache, written if new."""
     folders = find(root, dataset)
     folder = folders[split]
     objects = list_objects(folders, split)[:limit]
@@ -308,8 +305,7 @@ def read_clip(path, background):
 
 
 def read_list(path):
-    """Flash3D's test list, rows `clip source 5 10 random` of frame numbers, if it is there ->
-    {clip: the four numbers in its first row}."""
+    """Flash3D's test list, if there: rows `clip source 5 10 random` -> {clip: its four frames}."""
     with reading(path, "Flash3D's list: clip, source, three targets"):
         rows = [line.split() for line in path.read_text().splitlines()] if path.exists() else []
         return {clip: (int(source), int(five), int(ten), int(random))
@@ -487,7 +483,5 @@ if __name__ == "__main__":
         parser.add_argument(f"--{flag}", default=default, type=type(default))
     try:
         prepare(**vars(parser.parse_args()))
-    except KeyboardInterrupt:
-        fail("stopped; the same command goes on")
-    except OSError as e:
-        fail(e)
+    except (KeyboardInterrupt, OSError) as e:                  # Ctrl-C says nothing
+        fail(str(e) or "stopped; the same command goes on")

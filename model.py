@@ -323,9 +323,8 @@ class Denoiser(nn.Module):
 
     def base(self, raw):
         """The splats from which normalised ones are differences. Ours: raw (B, 24, H, W), those of
-        the teacher that is told nothing. So what is left to denoise is what the picture does not
-        show. With cfg.code = 0, as in the paper, that would be nothing; there the base is the mean
-        of each channel, (1, 24, 1, 1)."""
+        the teacher that is told nothing: what is left to denoise is what the picture does not show.
+        With cfg.code = 0 (paper) nothing would be left; there, channels' means (1, 24, 1, 1)."""
         return canonical(raw) if self.cfg.code else self.stats[None, 0, :, None, None]
 
     def forward(self, s_t, t, x_src, base):

@@ -126,16 +126,14 @@ def results(denoiser, teacher, meta, a):
 
 
 # ---- cameras -------------------------------------------------------------------------------------
-# A network's splats live in its source camera's frame, what is written in the upright one: the
-# object's middle at the origin, level OpenCV axes (y down, z forward). `look` is a dict: distance
-# of the middle; elevation, degrees by which the source camera looks down; focal / width; aspect,
-# width / height in square pixels; background; sway, only of clips; and for the page near, and
-# differ, the side in degrees of its thumbnails.
+# A network's splats are in the source camera's frame, files in the upright one: the object's middle
+# at the origin, level OpenCV axes (y down, z forward). `look` is a dict: distance of the middle;
+# elevation, degrees that the source camera looks down; focal / width; aspect, width / height in
+# square pixels; background; sway, of clips; for the page near, and differ, degrees of thumbnails.
 
 def estimate_elevation(g, distance):
-    """Degrees from 0 to 60 for B samples g of one object in the source camera's frame (ours). Level
-    parts, such as roof and sill, put the splats at few heights: at the right angle the entropy of
-    their heights is least."""
+    """Degrees, 0 to 60, for B samples g of one object in the source camera's frame (ours). As roof,
+    sill and the like are level, the heights of the splats have the least entropy at that angle."""
     _, y, z = (g.xyz[g.opacity > 0.3] * 96 / distance).T.cpu().numpy()        # (n,) levels
     angles = np.radians(np.arange(61))[:, None]                               # (61, 1)
     heights = y * np.cos(angles) + (z - 96) * np.sin(angles)                  # (61, n)
@@ -278,8 +276,7 @@ def evaluate(predict, views, cfg, n_views, objects, title="", lpips=None):
 
     one, mean, best: PSNR in the n_views novel views of one sample (the average over samples), of
     the samples' mean image, and of the best sample. std: deviation of a pixel between samples. Of
-    clips as in Flash3D: without a border of 5 %, the three targets also one by one.
-    Of procedural data also `cars.door_scores`."""
+    clips as in Flash3D: without a border of 5 %, each target, too. Of toys, `cars.door_scores`."""
     clips = "window" in views.meta
     border = [clips * math.ceil(0.05 * n) for n in views.meta["hw"]]          # pixels
     inner = ..., *(slice(n, -n or None) for n in border)
@@ -320,8 +317,7 @@ def average_scores(scores):
 
 
 def score_table(cfg, views, about):
-    """Evaluates all weights in cfg.out -> a table as text. Writes the table into results.json, and
-    the scores of each object into scores/."""
+    """Evaluates all weights in cfg.out -> a table as text; writes results.json and scores/."""
     out = Path(cfg.out)
     lpips = None
     if cfg.lpips:
@@ -461,9 +457,8 @@ def viewer_html(title, picture, objects, look):
 
 
 # ---- pictures from the wild ----------------------------------------------------------------------
-# In the training pictures (cars) the longer side of the object's bounding box takes 0.35 to 0.80 of
-# the picture, and its middle lies within 0.1 of MIDDLE. A picture of that kind is left as it is,
-# another is cropped or padded to SHARE and MIDDLE, the medians.
+# In the training pictures (cars) the object's longer side is 0.35 to 0.80 of the picture, its middle
+# within 0.1 of MIDDLE. Others are cropped or padded to SHARE and MIDDLE, the medians.
 SHARE = 0.67
 MIDDLE = np.array([0.50, 0.54])            # x y
 
@@ -526,8 +521,7 @@ def prepare(path, cfg, meta):
 
 
 def read_views(cfg, meta, a):
-    """The source view, then those that guide -> images (1, V, 3, H, W), cameras relative to the
-    first, background."""
+    """The source view, then those that guide, as in `scene`: images (1, V, 3, H, W), .."""
     if a.image.is_dir():
         split = next((split for split in data.SPLITS if data.layout(a.image, split)), "test")
         hw = cfg.size, round(cfg.size * cfg.aspect)
@@ -595,7 +589,5 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except KeyboardInterrupt:
-        fail("stopped; the files written so far are whole")
-    except OSError as e:
-        fail(e)
+    except (KeyboardInterrupt, OSError) as e:                                 # Ctrl-C says nothing
+        fail(str(e) or "stopped; the files written so far are whole")

@@ -1793,8 +1793,9 @@ def test_a_killed_writer_and_a_full_disk_never_leave_half_a_checkpoint(tmp_path)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         assert torch.equal(load_checkpoint(path)["x"], tensor)
-    code = f"model.write_atomically(pathlib.{path!r}, lambda f: torch.save(torch.ones(10**6), f))"
-    full = with_files_of_at_most(100, [sys.executable, "-c", f"import model, pathlib, torch; {code}"])
+    code = (f"import model, torch; path = model.Path('{path}')\n"
+            "model.write_atomically(path, lambda f: torch.save(torch.ones(10**6), f))")
+    full = with_files_of_at_most(100, [sys.executable, "-c", code])
     assert full.stderr == (f"error: cannot write {path}: File too large; what was there before is "
                            "untouched\n")
     assert [*tmp_path.iterdir()] == [path]

@@ -181,9 +181,8 @@ def stage_0(teacher, x, cam, background, t, eps, cfg):
 
 
 def noised_teacher(denoiser, teacher, x, cam, background, t, eps, cfg):
-    """-> s_teacher, s_t (B, 24, H, W) each, the base from which both are differences, and the code
-    (B, code). Ours: the teacher is told what the further views show; with --code=0 it sees the
-    source alone, as in the paper."""
+    """-> s_teacher, s_t (B, 24, H, W) each, the base of both, and the code (B, code). Ours: the
+    teacher is told what the further views show; with --code=0 (paper) it sees the source alone."""
     with torch.no_grad():
         code = None
         alone = raw = teacher(x[:, :1])                                       # (B, 24, H, W)
@@ -243,8 +242,7 @@ def stage_2(denoiser, teacher, x, cam, background, t, eps, cfg):
 
 def draw_batch(views, cfg, stage, step, mine=slice(RANK, None, WORLD)):
     """-> x (B, V, 3, H, W), w2c (B, V, 4, 4), K (B, V, 4), t (B,), eps (B, 24, H, W). They depend
-    on (seed, stage, step) alone, so resuming needs no other state. Every process draws the whole
-    batch and takes its share."""
+    on (seed, stage, step) alone: resuming needs no more. A process draws all, takes its share."""
     seed = (cfg.seed * 3 + stage) * 10**9 + step
     gen = torch.Generator().manual_seed(seed)
     B = cfg.batch[stage]
@@ -439,10 +437,10 @@ def about(cfg, views, **more):
     git = subprocess.run("git rev-parse --short HEAD", shell=True, cwd=Path(__file__).parent,
                          capture_output=True, text=True).stdout.strip()
     dataset = {k: views.meta[k] for k in ("dataset", "procedural", "fingerprint")}
-    return dict(dataset=cfg.dataset, data=dataset, config=asdict(cfg), seed=cfg.seed,
-                steps=cfg.steps, K=views.K[0].tolist(), background=list(views.meta["background"]),
-                git=git or "unknown", device=device_name(cfg.device),
-                window=views.meta.get("window"), **more)
+    return dict(dataset=cfg.dataset, data=dataset, config=asdict(cfg), steps=cfg.steps,
+                K=views.K[0].tolist(), background=list(views.meta["background"]),
+                window=views.meta.get("window"), git=git or "unknown",
+                device=device_name(cfg.device), **more)
 
 
 def save(cfg, views, **state):
@@ -507,7 +505,6 @@ def parse(argv):
     cfg = Config(**sizes | given | dict(device=device))
     cfg.out = cfg.out or f"out/{Path(cfg.dataset).resolve().name}"
     h, w = shape_of(cfg, row).hw
-    halvings = 2 ** (len(cfg.mult) - 1)
     for wrong, message in [
             (cfg.weighting not in WEIGHTINGS, f"--weighting: give one of {[*WEIGHTINGS]}"),
             ({len(cfg.iters), len(cfg.batch), len(cfg.lr)} != {3},
@@ -516,9 +513,9 @@ def parse(argv):
             (cfg.init and cfg.teacher, "--init begins stage 0, --teacher replaces it; give one"),
             (any(n % WORLD for n in cfg.batch) or cfg.code and cfg.batch[0] < 2 * WORLD,
              "--batch: give multiples of the number of processes, in stage 0 two each or more"),
-            (cfg.code and cfg.views > 1 + cfg.told, "give --views up to 1 + --told; all of them tell"),
+            (cfg.code and cfg.views > 1 + cfg.told, "give at most 1 + --told --views: they tell"),
             (not cfg.t_star < cfg.t_known < T, f"give --t_star < --t_known < {T}"),
-            (cfg.width % 2 or h % halvings or w % halvings,
+            (cfg.width % 2 or math.gcd(h, w) % 2 ** (len(cfg.mult) - 1),
              f"--width, and {h}x{w} by --size on each level of --mult but the last, must be even"),
             ((cfg.graph or cfg.compile) and not cuda, "--graph and --compile need a GPU")]:
         if wrong:
@@ -567,7 +564,5 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except KeyboardInterrupt:
-        fail("stopped; the same command continues from the last save")
-    except OSError as e:
-        fail(e)
+    except (KeyboardInterrupt, OSError) as e:                                 # Ctrl-C says nothing
+        fail(str(e) or "stopped; the same command continues from the last save")
