@@ -48,7 +48,7 @@ from teacher import Teacher, given_teacher, splat_statistics
 @dataclass
 class Config:
     # what
-    dataset: str = "cars"        # a name in data.DATASETS, or path/to/your/own
+    dataset: str = "cars"        # chairs, hydrants, teddybears, re10k, rooms or path/to/your/own
     paper: bool = False          # sizes and numbers of the paper and of its teacher; see PAPER
     seed: int = 0
     teacher: str = ""            # teacher.pt or Splatter Image's file, in place of stage 0
