@@ -140,8 +140,10 @@ def load(root, dataset, split, size, limit=None):
     """Views of a split's first `limit` objects, from the pack in <root>/.cache, written if new."""
     folders = find(root, dataset)
     folder = folders[split]
-    objects = list_objects(folders, split)[:limit]
     about = DATASETS.get(dataset, OWN)
+    listed = read_list(clip_file(folder)) if "window" in about else {}
+    objects = list_objects(folders, split)
+    objects = [x for x in objects if x.name in listed or not listed][:limit]
     hw = size, round(size * about.get("aspect", 1))
     used = *objects, *sorted(folder.glob("camera_?s.npz")), *map(clip_file, objects)
     stamp = repr((VERSION, about, [files_of(os.path.realpath(path)) for path in used]))
@@ -153,8 +155,7 @@ def load(root, dataset, split, size, limit=None):
     return Views(*map(torch.from_numpy, arrays), [item.name for item in objects], dict(
         dataset=dataset, split=split, hw=hw, **about, root=str(folder.parent),
         procedural=dataset in TOYS and (folder.parent / "procedural.json").exists(),
-        fingerprint=hashlib.sha256(checks.tobytes()).hexdigest()[:12],
-        listed=read_list(clip_file(folder)) if "window" in about else {}))
+        fingerprint=hashlib.sha256(checks.tobytes()).hexdigest()[:12], listed=listed))
 
 
 def read_object(folder, split, hw, background):
@@ -305,7 +306,8 @@ def read_clip(path, background):
 
 
 def read_list(path):
-    """Flash3D's test list, if there: rows `clip source 5 10 random` -> {clip: its four frames}."""
+    """Flash3D's test list, if there: rows `clip source 5 10 random` -> {clip: its four frames}. The
+    list has up to five rows a clip, all of which Flash3D scores; ours takes the first."""
     with reading(path, "Flash3D's list: clip, source, three targets"):
         rows = [line.split() for line in path.read_text().splitlines()] if path.exists() else []
         return {clip: (int(source), int(five), int(ten), int(random))
@@ -405,7 +407,8 @@ def list_objects(folders, split):
         return [folder]
     found = sorted([*folder.glob("[!.]*"), *folder.glob("chairs_2.0_*/[!.]*")])
     found = [x for x in found if layout(x, split)]             # there may be others
-    for path in folder.glob("camera_?s.npz"):   # CO3D: as in Splatter Image, only finite cameras
+    # CO3D: only finite cameras. Splatter Image also leaves out what its bad_sequences.py names.
+    for path in folder.glob("camera_?s.npz"):
         with reading(path, "cameras of sequences"), np.load(path) as cameras:
             found = [x for x in found if np.isfinite(cameras.get(x.name, math.nan)).all()]
     if not found:

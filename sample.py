@@ -457,7 +457,7 @@ def viewer_html(title, picture, objects, look):
 
 
 # ---- pictures from the wild ----------------------------------------------------------------------
-# In the training pictures (cars) the object's longer side is 0.35 to 0.80 of the picture, its middle
+# In training pictures (cars) the object's longer side is 0.35 to 0.80 of the picture, its middle
 # within 0.1 of MIDDLE. Others are cropped or padded to SHARE and MIDDLE, the medians.
 SHARE = 0.67
 MIDDLE = np.array([0.50, 0.54])            # x y
@@ -523,16 +523,20 @@ def prepare(path, cfg, meta):
 def read_views(cfg, meta, a):
     """The source view, then those that guide, as in `scene`: images (1, V, 3, H, W), .."""
     if a.image.is_dir():
+        clip = bool(meta.get("window"))
         split = next((split for split in data.SPLITS if data.layout(a.image, split)), "test")
         hw = cfg.size, round(cfg.size * cfg.aspect)
         pixels, c2w, K = data.read_object(a.image, split, hw, meta["background"])     # (V, H, W, 3)
         if K.shape[1] < len(meta["K"]):
             c2w, K = data.centred(c2w, K, a.image, cfg.size)
-        if K.shape[1] > len(meta["K"]):
+        if K.shape[1] > len(meta["K"]) or clip != data.clip_file(a.image).exists():
             fail(f"{a.image}: its cameras are not such as these weights were trained with")
         index = a.views or [64 if len(c2w) > 64 else 0]
         if not set(index) <= set(range(len(c2w))):
             fail(f"{a.image}: --views: give numbers from 0 to {len(c2w) - 1}")
+        lens = K[index[0], :2] / meta["K"][:2]              # objects were learned with one lens
+        if len(meta["K"]) == 4 and not clip and abs(lens - 1).max() > 0.02:
+            fail(f"{a.image}: the source's focal length is {lens.max():.2f} times that of training")
     else:
         pixels = prepare(a.image, cfg, meta)[None]                            # (1, H, W, 3)
         c2w = np.eye(4)[None]                                                 # (1, 4, 4)
@@ -548,7 +552,8 @@ def arguments():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     add = parser.add_argument
-    add("image", type=Path, help="a picture, or the folder of an object in a dataset")
+    add("image", type=lambda path: Path(os.path.abspath(path)),
+        help="a picture, or the folder of an object in a dataset")
     add("--views", metavar="N,N", type=lambda text: [int(n) for n in text.split(",")],
         help="of an object: the source view, then any that guide; default 64, or 0 if it has fewer")
     add("--weights", type=Path, default=HERE / "weights/cars.pt",
@@ -570,7 +575,7 @@ def main():
     elevation = abs(a.elevation or 0)                              # 85 samples fill a .webp
     if not (1 <= a.samples <= 85 and a.steps >= 0 and 0 <= a.seed < 2 ** 63 and elevation <= 90):
         fail("give --samples 1 to 85, --steps from 0, --seed 0 to 2^63 - 1, --elevation -90 to 90")
-    out = a.out or Path("out", a.image.absolute().stem)
+    out = a.out or Path("out", a.image.name if a.image.is_dir() else a.image.stem)
     if out.resolve() == a.image.resolve().parent:
         fail(f"{out}: there is an input in it, which may be written over; choose another --out")
     if a.views and not a.image.is_dir():

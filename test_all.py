@@ -657,11 +657,10 @@ def test_a_known_point_lands_on_its_pixel_in_the_stretched_frames_of_clips(tmp_p
     write_clip(folder / "b", MOVED[:3], lens, [*map(stretch, opaque)], "jpg")
     write_clip(folder / "gone", ROUND, lens, [stretch(crop[0])])
     (folder / "gone/0.png").unlink()
-    folder.with_suffix(".txt").write_text("b 1 0 2 2\nb 0 1 2 2\n")
     load = lambda: data.load(tmp_path, "re10k", "test", 48)
     views = load()
     assert views.names == ["a", "b"]
-    assert views.images.shape == (8, 3, 48, 72) and views.meta["listed"] == dict(b=(1, 0, 2, 2))
+    assert views.images.shape == (8, 3, 48, 72) and views.meta["listed"] == {}
     assert data.gather(views, torch.tensor([[5, 6]]))[1].hw == views.meta["hw"] == (48, 72)
     want = torch.tensor(lens) * torch.tensor([72 / 192, 48 / 96] * 2)
     torch.testing.assert_close(views.K, want.expand(8, 4))
@@ -678,6 +677,8 @@ def test_a_known_point_lands_on_its_pixel_in_the_stretched_frames_of_clips(tmp_p
     assert own.images.shape[2:] == (48, 48) and own.K.shape[1] == 5
     write_clip(folder / "c", ROUND[[0, 0]], lens, [*map(stretch, crop[:2])])
     torch.testing.assert_close(load().c2w[8:], torch.from_numpy(ROUND[[0, 0]]).float())   # still
+    folder.with_suffix(".txt").write_text("b 1 0 2 2\nb 0 1 2 2\n")
+    assert load().names == ["b"] and load().meta["listed"] == dict(b=(1, 0, 2, 2))
     folder.with_suffix(".txt").write_text("b 1 0 2\n")
     assert "test.txt: not Flash3D's list" in refused(load)
 
@@ -1930,6 +1931,13 @@ def test_an_object_and_a_folder_of_your_own_give_the_same_files(tiny, cars, tmp_
         same = path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
         assert same or path.name == "viewer.html", path.name
     assert (tmp_path / "a/sample_0.ply").read_bytes() != (tmp_path / "c/sample_0.ply").read_bytes()
+    (own / "transforms.json").write_text(json.dumps(dict(frames=frames, fl_x=1.1 * f, w=w, h=w)))
+    line, = make(monkeypatch, tiny, own, "--views=0,1,2")
+    assert "1.10 times that of training" in line
+    assert not make(monkeypatch, tiny, folder / "rgb/000064.png", f"--out={tmp_path}/d")
+    monkeypatch.chdir(folder / "rgb")                              # still a picture of a dataset
+    assert not make(monkeypatch, tiny, "000064.png", f"--out={tmp_path}/e")
+    assert (tmp_path / "d/film.webp").read_bytes() == (tmp_path / "e/film.webp").read_bytes()
 
 
 def test_every_training_view_passes_unchanged(cars, capsys):
