@@ -271,8 +271,9 @@ def predictor(teacher, student, views, cfg, given=None, n=1):
 
 
 @torch.no_grad()
-def evaluate(predict, views, cfg, n_views, objects, title="", lpips=None):
-    """Scores of each test object, a dict each. predict(o) makes the Gaussians of n samples.
+def evaluate(predict, views, cfg, n_views, objects, title="", lpips=None, given=None):
+    """Scores of each test object, a dict each. predict(o) makes the Gaussians of n samples, from
+    the views given(views, o), which are not scored, or from the source alone.
 
     one, mean, best: PSNR in the n_views novel views of one sample (the average over samples), of
     the samples' mean image, and of the best sample. std: deviation of a pixel between samples. Of
@@ -289,7 +290,10 @@ def evaluate(predict, views, cfg, n_views, objects, title="", lpips=None):
         x_hat = torch.cat(drawn)[inner]                                       # (n, V, 3, h, w)
         x = x[inner]                                                          # (1, V, 3, h, w)
         shown = x[0].flatten(1).amax(1) > 0   # (V,) CO3D: a picture without a mask is all black
-        shown[0] = False                                                      # the source
+        known = given(views, o) if given else index[:1]                       # source, then others
+        shown &= ~torch.isin(index, known).to(shown.device)
+        if not shown.any():
+            continue
         novel = x_hat[:, shown]                                               # (n, V', 3, h, w)
         truth = x[0, shown]                                                   # (V', 3, h, w)
         each = psnr(novel, truth).mean(1)                                     # (n,)
@@ -337,7 +341,8 @@ def score_table(cfg, views, about):
         if "stage" in name:
             student, _, meta = load_student(weights, cfg.device)
         predict = predictor(teacher, student, views, cfg, given, cfg.samples)
-        scores = evaluate(predict, views, cfg, cfg.eval_views, range(len(views)), name, lpips)
+        scores = evaluate(predict, views, cfg, cfg.eval_views, range(len(views)), name, lpips,
+                          given)
         rows[name] = dict(minutes=meta["minutes"], **average_scores(scores))
         lines = [json.dumps(r).encode() + b"\n" for r in scores]
         write_atomically(out / f"scores/{cfg.split}_{stem}.jsonl",

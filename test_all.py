@@ -679,6 +679,8 @@ def test_a_known_point_lands_on_its_pixel_in_the_stretched_frames_of_clips(tmp_p
     torch.testing.assert_close(load().c2w[8:], torch.from_numpy(ROUND[[0, 0]]).float())   # still
     folder.with_suffix(".txt").write_text("b 1 0 2 2\nb 0 1 2 2\n")
     assert load().names == ["b"] and load().meta["listed"] == dict(b=(1, 0, 2, 2))
+    folder.with_suffix(".txt").write_text("b 1 0 2 3\n")
+    assert "b has 3 frames" in refused(load)
     folder.with_suffix(".txt").write_text("b 1 0 2\n")
     assert "test.txt: not Flash3D's list" in refused(load)
 
@@ -1340,9 +1342,10 @@ def test_the_weights_of_noise_levels_average_to_one():
     assert (lambda_t(t, "noise").diff() >= 0).all() and (lambda_t(t, "min_snr").diff() <= 0).all()
 
 
-def test_flags_have_the_types_of_config():
+def test_flags_have_the_types_of_config(capsys):
     """Against Config: --clip=1 is a float, --mult a tuple, a bare switch is true."""
     cfg = train.parse(["--clip=1", "--mult", "(1,2)", "--eval_only", "--out=o", "--device=cpu"])
+    assert "no attention" in capsys.readouterr().out               # at 8 pixels, by --attn
     assert (cfg.mult, cfg.eval_only, cfg.out) == ((1, 2), True, "o") and type(cfg.clip) is float
     paper = train.parse(["--paper", "--dataset", "chairs", "--size=64", "--device=cpu"])
     assert (paper.code, paper.size, paper.batch) == (0, 64, (8, 100, 10))
@@ -1492,6 +1495,9 @@ def test_scores_of_samples_are_what_they_are_called(cars):
     want |= toys.cars.door_scores(door, x[0, 1], *pair)
     assert r.pop("object") == "test_00000"
     assert r == pytest.approx({k: v if v is None else float(v) for k, v in want.items()}, rel=1e-4)
+    given = lambda n: sample.evaluate(lambda o: g, views, cfg, 6, [0], given=lambda *_: index[:n])
+    assert given(2)[0]["one"] == pytest.approx(each[:, 1:].mean().item(), rel=1e-4)
+    assert not given(7)                                            # no view is left to be scored
     scores = [dict(object="a", one=1., std=2.), dict(object="b", one=2.)]
     assert sample.average_scores(scores) == dict(one=1.5, std=2.0)
 
@@ -1607,14 +1613,15 @@ def test_clips_train_in_three_stages_are_scored_and_sampled(monkeypatch, tmp_pat
     assert "16x24, 2 test objects, middle frame in" in capsys.readouterr().out
     rows = table(tmp_path / "a")
     assert len(rows) == 6
-    for r in rows.values():
+    for name, r in rows.items():
         assert {"5", "10", "random", "one", "ssim", "source"} <= set(r)
-        assert r["one"] == pytest.approx((r["5"] + r["10"] + r["random"]) / 3, abs=1e-4)
+        mean = pytest.approx((r["5"] + r["10"] + r["random"]) / 3, abs=1e-4)
+        assert r["one"] == mean or "," in name                     # not of views that were given
     assert Image.open(tmp_path / "a/preview.png").size == (8 * 24 * (2 + 1 + 2), 8 * 16 * 2)
     monkeypatch.setattr(sys, "argv", ["controls.py", f"{tmp_path}/a"])
     controls.main()
     said = capsys.readouterr().out
-    assert all(row in said for row in ("optimised on 1", "told 1 view", "codes of others"))
+    assert all(row in said for row in ("optimised on 1", "told by 1", "codes of others"))
 
     image, out = tmp_path / "wide.png", tmp_path / "sampled"
     PHOTO.crop((0, 0, 60, 20)).save(image)
@@ -2109,6 +2116,7 @@ def test_bad_input_of_training_is_one_clear_line(trained, cars, tmp_path, monkey
     flags = [*SMALL, f"--root={cars}"]
     cases = [
         (["--dataset=planes"], "planes"), (["--device=warp"], "--device=warp"),
+        (["--batch=(3,8,4)"], "--batch"),
         (["--iters=(0,5,0)"], "--teacher"), ([*flags, f"--out={out}", "--seed=1"], "seed=0"),
         ([*flags, f"--out={tmp_path}/none", "--eval_only"], "teacher.pt")]
     run_training(cars, tmp_path, "--max_steps=2", ok=False)

@@ -70,7 +70,7 @@ class Config:
     warm_start: bool = True      # ours: the student begins with the teacher's weights
     # optimisation; numbers by stage: teacher, bootstrapping, multi-step
     iters: tuple = (3000, 300, 30)    # steps; training ends before a stage of 0 steps
-    batch: tuple = (8, 8, 4)     # objects a step, over all GPUs; paper: 100 in stage 1, 10 in 2
+    batch: tuple = (8, 8, 4)     # objects a step, over all GPUs; paper: (per GPU) 100 and 10
     lr: tuple = (8e-3, 5e-4, 2e-4)    # peak learning rate of Adam
     views: int = 4               # rendered views per object, the source view among them
     warmup: int = 20             # steps of linear warm-up
@@ -143,7 +143,7 @@ def cycle_loss(predict, x, x_hat, cam, background):
 
 
 def beyond(x, limit):
-    """The mean of the x above a limit. If none is, it is exactly 0, and so are its gradients."""
+    """The mean of the x above a limit, of this process. If none is, it is 0, as its gradients."""
     over = x > limit                                                          # as x, bool
     return torch.where(over, x, 0).sum() / over.sum().clamp(min=1)
 
@@ -511,8 +511,8 @@ def parse(argv):
              "--iters, --batch and --lr have three numbers each, one a stage"),
             (not (cfg.iters[0] or cfg.teacher), "--iters: without stage 0, give a --teacher"),
             (cfg.init and cfg.teacher, "--init begins stage 0, --teacher replaces it; give one"),
-            (any(n % WORLD for n in cfg.batch) or cfg.code and cfg.batch[0] < 2 * WORLD,
-             "--batch: give multiples of the number of processes, in stage 0 two each or more"),
+            (any(n % WORLD for n in cfg.batch) or cfg.code and cfg.batch[0] % (2 * WORLD),
+             "--batch: give multiples of the number of processes, in stage 0 even ones for each"),
             (cfg.code and cfg.views > 1 + cfg.told, "give at most 1 + --told --views: they tell"),
             (not cfg.t_star < cfg.t_known < T, f"give --t_star < --t_known < {T}"),
             (cfg.width % 2 or math.gcd(h, w) % 2 ** (len(cfg.mult) - 1),
@@ -520,6 +520,8 @@ def parse(argv):
             ((cfg.graph or cfg.compile) and not cuda, "--graph and --compile need a GPU")]:
         if wrong:
             fail(message)
+    if cfg.attn not in [cfg.size >> level for level in range(len(cfg.mult))]:
+        print(f"no attention: no level of the U-Net is {cfg.attn} pixels high (--attn)")
     return cfg
 
 

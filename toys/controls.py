@@ -5,7 +5,7 @@
     teacher, codes of others   codes instead of diffusion: the teacher is told what it gets wrong in
                                other objects of the test set, a sample for each
     teacher, codes of train    the same with objects of the training set, as a sampler could
-    teacher, told 1 view       the teacher is told the view from the other side, which guides the
+    teacher, told by 1         the teacher is told the view from the other side, which guides the
                                samples in the row "guided by 1"
     teacher, optimised on 1    the teacher's splats, optimised on the source and the same view
 """
@@ -77,13 +77,14 @@ def main():
     teacher, _ = load_network(out / "teacher.pt", Teacher, cfg.device)
     rows = {"teacher, optimised on 1": by_optimised_teacher(teacher, views, cfg)}
     if teacher.encoder:
-        rows["teacher, told 1 view"] = sample.predictor(teacher, None, views, cfg,
+        rows["teacher, told by 1"] = sample.predictor(teacher, None, views, cfg,
                                                         sample.opposite_views)
         rows["teacher, codes of train"] = by_codes(teacher, views, cfg, splits["train"])
     if teacher.encoder and len(views) > 1:
         rows["teacher, codes of others"] = by_codes(teacher, views, cfg, views)
     scores = {name: sample.average_scores(sample.evaluate(
-        predict, views, cfg, cfg.eval_views, range(len(views)), name))
+        predict, views, cfg, cfg.eval_views, range(len(views)), name,
+        given=sample.opposite_views if name.endswith(" 1") else None))
         for name, predict in rows.items()}
     print(sample.format_rows(scores))
 
