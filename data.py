@@ -152,14 +152,15 @@ def load(root, dataset, split, size, limit=None):
     if not read_pack(stem, hw):
         pack(stem, objects, split, hw, about)
     *arrays, checks = read_pack(stem, hw)
+    _, _, K, start = arrays
     names = [item.name for item in objects]
-    for name, frames in zip(names, np.diff(arrays[-1])):
+    for name, frames in zip(names, np.diff(start)):
         if max(listed.get(name, [0])) >= frames:
             fail(f"{clip_file(folder)}: {name} has {frames} frames, the list names {listed[name]}")
     return Views(*map(torch.from_numpy, arrays), names, dict(
         dataset=dataset, split=split, hw=hw, **about, root=str(folder.parent),
         procedural=dataset in TOYS and (folder.parent / "procedural.json").exists(),
-        fingerprint=hashlib.sha256(checks.tobytes()).hexdigest()[:12], listed=listed))
+        fingerprint=hashlib.sha256(checks.tobytes() + K.tobytes()).hexdigest()[:12], listed=listed))
 
 
 def read_object(folder, split, hw, background):

@@ -784,6 +784,9 @@ def test_the_packed_file_is_rebuilt_when_a_file_changes_and_never_used_half_writ
             packed.unlink()                                         # its map above lives on
             packed.write_bytes(start)
             assert torch.equal(load().images, changed.images) and packed.stat().st_size > 1000
+    lens = root / "cars/cars_train/train_00001/intrinsics.txt"
+    lens.write_text(lens.read_text().replace("131.25", "130.00"))
+    assert load().meta["fingerprint"] != changed.meta["fingerprint"]
 
 
 def test_alpha_is_straight_but_in_srn_only_a_mask(tmp_path):
