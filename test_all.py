@@ -1492,6 +1492,8 @@ def test_the_paint_of_a_door_is_told_from_mud():
         assert (got["both"], got["decided"]) == (both, decided), q
         assert share is None or got["amber"] == share, q
         assert (got["true"], if_blue["true"]) == true, q
+    hole = toys.cars.door_scores(torch.ones(2, 3, 16, 16), amber, amber, blue)
+    assert hole["decided"] == hole["true"] == hole["both"] == 0
 
 
 def test_scores_of_samples_are_what_they_are_called(cars):

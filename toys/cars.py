@@ -441,14 +441,18 @@ def door_scores(x_hat, truth, amber, blue):
     mud.
 
     both: is one sample amber (q > 3/4) and one blue (q < 1/4)? decided: the share of samples that
-    are one or the other. amber: the share with q > 1/2; over many cars the truth is 1/2. true: the
-    share that are decided for the true colour."""
+    are one or the other, not another colour or a hole. amber: the share with q > 1/2; over many
+    cars the truth is 1/2. true: the share that are decided for the true colour."""
     d = amber - blue                                                          # (3, H, W)
-    d = d * (d.abs().sum(0) > 0.5)                                            # where they differ
+    there = d.abs().sum(0) > 0.5                                              # (H, W) they differ
+    d = d * there
     x = torch.cat([truth[None], x_hat])                                       # (1 + n, 3, H, W)
     q = ((x - blue) * d).flatten(1).sum(1) / d.square().sum()                 # (1 + n,)
     is_amber, q = q[0] > 0.5, q[1:]                                           # () (n,)
-    decided = (q - 0.5).abs() > 0.25                                          # (n,)
+    rest = (x_hat - blue) * there - q[:, None, None, None] * d                # neither of them
+    clear = rest.flatten(1).norm(dim=1) < 0.5 * d.norm()                      # (n,)
+    decided = ((q - 0.5).abs() > 0.25) & clear                                # (n,)
     share = lambda which: which.float().mean().item()
-    return dict(both=float(q.max() > 0.75 and q.min() < 0.25), decided=share(decided),
+    both = (decided & (q > 0.5)).any() and (decided & (q < 0.5)).any()
+    return dict(both=float(both), decided=share(decided),
                 amber=share(q > 0.5), true=share(decided & ((q > 0.5) == is_amber)))
