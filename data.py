@@ -41,13 +41,15 @@ from toys import cars, rooms
 #   background   rgb
 #   source       the view of a test object that is the input; all others are targets
 #   iters        steps of the teacher, for --paper
-#   aspect       width / height of the pictures; 1 for objects, as the others are of scenes:
+# For scenes:
+#   aspect       width / height of the pictures; 1 for objects
 #   window       targets are at most this many frames from the source; for objects, all views
 #   log_depth    depth = near (far / near)^sigmoid
 #   pad          the splat image is larger than the picture by this part of H on each side
 ON_WHITE = (1., 1., 1.)
 CO3D = dict(near=-2.0, far=2.0, background=(0., 0., 0.), source=0, iters=900_001)
-# In the unit of `read_clip` real corners lie at 1.6 to 20; corners miss the nearest and farthest.
+# In the unit of `read_clip`, corners triangulated in real clips have depths from 1.6 to 20. Such
+# corners miss what is nearest and farthest, hence more room.
 SCENE = dict(near=0.5, far=50.0, background=(.5, .5, .5), iters=500_001, aspect=1.5, window=30,
              log_depth=True, pad=1 / 8)
 DATASETS = {
@@ -137,7 +139,8 @@ def prepare(dataset, root="data", size=128, n_train=200, n_test=24, seed=0, spli
 
 
 def load(root, dataset, split, size, limit=None):
-    """Views of a split's first `limit` objects, from the pack in <root>/.cache, written if new."""
+    """Views of a split's first `limit` objects; packs them first if they are new. The packs in
+    <root>/.cache may be deleted at any time."""
     folders = find(root, dataset)
     folder = folders[split]
     about = DATASETS.get(dataset, OWN)
@@ -281,7 +284,7 @@ def read_co3d(path, background):
         shape, low, high = pictures.shape, pictures.min(), pictures.max()
         if shape != (len(R), 3, *shape[2:3] * 2) or not -.01 < low <= high < 1.01:
             raise ValueError(f"{shape}, from {low:g} to {high:g}")
-    c2w = np.concatenate([R * [-1, -1, 1], -R @ T], 2)                       # (V, 3, 4) OpenCV's
+    c2w = np.concatenate([R * [-1, -1, 1], -R @ T], 2)                       # (V, 3, 4), OpenCV
     pinhole(K[:, :4], path)
     for m, k, x in zip(c2w, K, pictures):
         m = rigid([*m.ravel(), 0, 0, 0, 1], f"{folder.parent}/camera_Rs.npz: {folder.name}")
@@ -311,8 +314,8 @@ def read_clip(path, background):
 
 
 def read_list(path):
-    """Flash3D's test list, if there: rows `clip source 5 10 random` -> {clip: its four frames}. The
-    list has up to five rows a clip, all of which Flash3D scores; ours takes the first."""
+    """Flash3D's test list, rows `clip source 5 10 random` of frame numbers, if it is there ->
+    {clip: the four numbers in its first row}. Flash3D scores all rows of a clip, up to five."""
     with reading(path, "Flash3D's list: clip, source, three targets"):
         rows = [line.split() for line in path.read_text().splitlines()] if path.exists() else []
         return {clip: (int(source), int(five), int(ten), int(random))

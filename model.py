@@ -323,8 +323,9 @@ class Denoiser(nn.Module):
 
     def base(self, raw):
         """The splats from which normalised ones are differences. Ours: raw (B, 24, H, W), those of
-        the teacher that is told nothing: what is left to denoise is what the picture does not show.
-        With cfg.code = 0 (paper) nothing would be left; there, channels' means (1, 24, 1, 1)."""
+        the teacher that is told nothing. So what is left to denoise is what the picture does not
+        show. With cfg.code = 0, as in the paper, that would be nothing; there the base is the mean
+        of each channel, (1, 24, 1, 1)."""
         return canonical(raw) if self.cfg.code else self.stats[None, 0, :, None, None]
 
     def forward(self, s_t, t, x_src, base):
@@ -352,10 +353,12 @@ class Denoiser(nn.Module):
                 continue
             mine.zero_()
             w = theirs.get(name, mine.clone())
-            if name.endswith("affine.weight"):                # the last columns are the code's
+            if w.dim() == 1:
+                mine.copy_(w)
+            elif ".affine." in name:                          # the last columns are the code's
                 mine[:, mine.shape[1] - code:] = w[:, :code]
             else:                                             # the first channels are the image's
-                mine[tuple(map(slice, w.shape))] = w
+                mine[:, :w.shape[1]] = w
 
 
 # ==== The lesson ends here. Below: devices, and weights on disk. ==================================

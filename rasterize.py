@@ -115,14 +115,15 @@ def matrix_to_quat(R):
 
 
 def transform(g, pose):
-    """Move Gaussians, SH of degree 1, by a rigid pose (B, 4, 4): centres, axes and colour by
-    direction alike. Degree 1 is a vector v . dir with v = (-k3, -k1, k2): it turns with R."""
+    """Move Gaussians by a rigid pose (B, 4, 4): centres, axes and colour by direction alike."""
     R = pose[:, None, :3, :3]                                                 # (B, 1, 3, 3)
     xyz = (R @ g.xyz[..., None])[..., 0] + pose[:, None, :3, 3]               # (B, N, 3)
     quat = matrix_to_quat(R @ quat_to_matrix(g.quat))                         # (B, N, 4)
-    k0, k1, k2, k3 = g.sh.unbind(2)                                           # (B, N, 3) per rgb
-    x, y, z = (R @ torch.stack([-k3, -k1, k2], 2)).unbind(2)                  # (B, N, 3) per rgb
-    sh = torch.stack([k0, -y, z, -x], 2)                                      # (B, N, 4, 3)
+    sh = g.sh
+    if sh.shape[2] == 4:   # degree 1 is a vector v . dir with v = (-k3, -k1, k2): it turns with R
+        k1, k2, k3 = sh[:, :, 1:].unbind(2)                                   # (B, N, 3) per rgb
+        v = R @ torch.stack([-k3, -k1, k2], 2)                                # (B, N, 3 xyz, 3 rgb)
+        sh = torch.stack([sh[:, :, 0], -v[:, :, 1], v[:, :, 2], -v[:, :, 0]], 2)
     return Gaussians(xyz, g.scale, quat, g.opacity, sh)
 
 

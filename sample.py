@@ -126,14 +126,16 @@ def results(denoiser, teacher, meta, a):
 
 
 # ---- cameras -------------------------------------------------------------------------------------
-# A network's splats are in the source camera's frame, files in the upright one: the object's middle
-# at the origin, level OpenCV axes (y down, z forward). `look` is a dict: distance of the middle;
-# elevation, degrees that the source camera looks down; focal / width; aspect, width / height in
-# square pixels; background; sway, of clips; for the page near, and differ, degrees of thumbnails.
+# A network's splats live in its source camera's frame, what is written in the upright one: the
+# object's middle at the origin, level OpenCV axes (y down, z forward). `look` is a dict: distance
+# of the middle; elevation, degrees by which the source camera looks down; focal / width; aspect,
+# width / height in square pixels; background; sway, only of clips; and for the page near, and
+# differ, the side in degrees of its thumbnails.
 
 def estimate_elevation(g, distance):
-    """Degrees, 0 to 60, for B samples g of one object in the source camera's frame (ours). As roof,
-    sill and the like are level, the heights of the splats have the least entropy at that angle."""
+    """Degrees from 0 to 60 for B samples g of one object in the source camera's frame (ours). Level
+    parts, such as roof and sill, put the splats at few heights: at the right angle the entropy of
+    their heights is least."""
     _, y, z = (g.xyz[g.opacity > 0.3] * 96 / distance).T.cpu().numpy()        # (n,) levels
     angles = np.radians(np.arange(61))[:, None]                               # (61, 1)
     heights = y * np.cos(angles) + (z - 96) * np.sin(angles)                  # (61, n)
@@ -270,14 +272,36 @@ def predictor(teacher, student, views, cfg, given=None, n=1):
     return predict
 
 
+def hidden(depth, alpha, cam, frame=False):
+    """Pixels that show what the first view does not: depth and alpha (V, 1, H, W) of renderings
+    from cam (B = 1) -> (V, H, W) bool. Their points lie more than 0.05 world units behind what the
+    first camera sees; or, with `frame`, for clips, outside its picture."""
+    V, _, H, W = depth.shape
+    n = torch.arange(H * W, device=depth.device)                              # (HW,)
+    f, c = cam.K[0, :, :4, None].split(2, 1)                                  # (V, 2, 1)
+    z = (depth / alpha.clamp(min=1e-3)).flatten(2)                            # (V, 1, HW)
+    pixel = torch.stack([n % W, n // W]) + 0.5                                # (2, HW)
+    xyz = torch.cat([(pixel - c) / f * z, z], 1)                              # (V, 3, HW)
+    R, t = invert_pose(cam.w2c[0])[:, :3].split([3, 1], 2)                    # to the first camera
+    xyz = R @ xyz + t                                                         # (V, 3, HW)
+    xy = xyz[:, :2] / xyz[:, 2:] * f[0] + c[0]                                # (V, 2, HW)
+    size = n.new_tensor([[W], [H]])                                           # (2, 1)
+    x, y = xy.long().clamp(min=0).minimum(size - 1).unbind(1)                 # (V, HW)
+    away = xyz[:, 2] > z[0, 0, y * W + x] + 0.05                              # (V, HW)
+    if frame:
+        away |= ((xy < 0) | (xy >= size)).any(1) | (xyz[:, 2] < 0)
+    return (away & (alpha.flatten(1) > 0.5)).view(V, H, W)
+
+
 @torch.no_grad()
 def evaluate(predict, views, cfg, n_views, objects, title="", lpips=None, given=None):
     """Scores of each test object, a dict each. predict(o) makes the Gaussians of n samples, from
     the views given(views, o), which are not scored, or from the source alone.
 
     one, mean, best: PSNR in the n_views novel views of one sample (the average over samples), of
-    the samples' mean image, and of the best sample. std: deviation of a pixel between samples. Of
-    clips as in Flash3D: without a border of 5 %, each target, too. Of toys, `cars.door_scores`."""
+    the samples' mean image, and of the best sample. std: between samples, in pixels that the source
+    view hides. Of clips as in Flash3D: without a border of 5 %, the three targets also one by one.
+    Of procedural data also `cars.door_scores`."""
     clips = "window" in views.meta
     border = [clips * math.ceil(0.05 * n) for n in views.meta["hw"]]          # pixels
     inner = ..., *(slice(n, -n or None) for n in border)
@@ -286,11 +310,12 @@ def evaluate(predict, views, cfg, n_views, objects, title="", lpips=None, given=
         index = test_views(views, o, n_views)                                 # (V,)
         x, cam, background = scene(views, index, cfg)                         # (1, V, 3, H, W)
         g = predict(o)                                                        # (n, N, ..)
-        drawn = [renderings(one(g, k), cam, background) for k in range(len(g.xyz))]
-        x_hat = torch.cat(drawn)[inner]                                       # (n, V, 3, h, w)
+        drawn = [render(one(g, k), cam, background) for k in range(len(g.xyz))]
+        x_hat, alpha, depth = map(torch.cat, zip(*drawn))                     # (n, V, .., H, W)
+        x_hat = x_hat[inner]                                                  # (n, V, 3, h, w)
         x = x[inner]                                                          # (1, V, 3, h, w)
         shown = x[0].flatten(1).amax(1) > 0   # (V,) CO3D: a picture without a mask is all black
-        known = given(views, o) if given else index[:1]                       # source, then others
+        known = given(views, o) if given else index[:1]                       # (1 or more,)
         shown &= ~torch.isin(index, known).to(shown.device)
         if not shown.any():
             continue
@@ -303,8 +328,10 @@ def evaluate(predict, views, cfg, n_views, objects, title="", lpips=None, given=
         if lpips:
             r["lpips"] = lpips(2 * novel[0] - 1, 2 * truth - 1).mean()
         if len(g.xyz) > 1:
-            r |= dict(mean=psnr(novel.mean(0), truth).mean(), best=each.max(),
-                      std=novel.std(0).mean())
+            r |= dict(mean=psnr(novel.mean(0), truth).mean(), best=each.max())
+            where = hidden(depth[0], alpha[0], cam, clips)[shown][inner]      # (V', h, w)
+            if where.any():
+                r["std"] = novel.std(0).mean(1)[where].mean()
         if views.meta["procedural"]:
             toy = data.TOYS[views.meta["dataset"]]
             v, *pair = toy.hidden_pair(views, o, data.resize)                 # (3, H, W) each
@@ -321,7 +348,8 @@ def average_scores(scores):
 
 
 def score_table(cfg, views, about):
-    """Evaluates all weights in cfg.out -> a table as text; writes results.json and scores/."""
+    """Evaluates all weights in cfg.out -> a table as text. Writes the table into results.json, and
+    the scores of each object into scores/."""
     out = Path(cfg.out)
     lpips = None
     if cfg.lpips:
@@ -462,8 +490,9 @@ def viewer_html(title, picture, objects, look):
 
 
 # ---- pictures from the wild ----------------------------------------------------------------------
-# In training pictures (cars) the object's longer side is 0.35 to 0.80 of the picture, its middle
-# within 0.1 of MIDDLE. Others are cropped or padded to SHARE and MIDDLE, the medians.
+# In the training pictures (cars) the longer side of the object's bounding box takes 0.35 to 0.80 of
+# the picture, and its middle lies within 0.1 of MIDDLE. A picture of that kind is left as it is,
+# another is cropped or padded to SHARE and MIDDLE, the medians.
 SHARE = 0.67
 MIDDLE = np.array([0.50, 0.54])            # x y
 
@@ -526,7 +555,8 @@ def prepare(path, cfg, meta):
 
 
 def read_views(cfg, meta, a):
-    """The source view, then those that guide, as in `scene`: images (1, V, 3, H, W), .."""
+    """The source view, then those that guide -> images (1, V, 3, H, W), cameras relative to the
+    first, background."""
     if a.image.is_dir():
         clip = bool(meta.get("window"))
         split = next((split for split in data.SPLITS if data.layout(a.image, split)), "test")

@@ -1496,6 +1496,30 @@ def test_the_paint_of_a_door_is_told_from_mud():
     assert hole["decided"] == hole["true"] == hole["both"] == 0
 
 
+def test_what_a_nearer_plane_covers_or_the_frame_leaves_out_is_hidden():
+    """Against geometry by hand: what a small wall hides of a large one behind it; in clips also
+    what the first camera has outside of its frame."""
+    W, f = 32, 32.0
+    K = torch.tensor([f, f, W / 2, W / 2]).expand(1, 2, 4)
+    w2c = torch.eye(4).repeat(1, 2, 1, 1)
+    w2c[0, 1, 0, 3] = -0.5                                                    # moved to the right
+    x = ((torch.arange(W) + 0.5 - W / 2) / f).expand(W, W)                    # at depth 1
+    y = x.T
+    def seen(move):
+        return torch.where((x + move).abs().maximum(y.abs()) < 0.25, 1.0, 2.0)
+    depth = torch.stack([seen(0), seen(0.5)])[:, None]                        # (2, 1, 32, 32)
+    alpha = torch.ones_like(depth)
+    alpha[1, 0, :4] = 0.3                                                     # shows no splats
+    # the shadow on the far wall: |x| < 0.5 at depth 2, which is |x + 0.25| < 0.25 in the other
+    shadow = ((x + 0.25).abs().maximum(y.abs()) < 0.25) & (seen(0.5) > 1.5)
+    assert shadow.sum() > 50
+    for frame in False, True:
+        hidden = sample.hidden(depth * alpha, alpha, Camera(w2c, K, (W, W)), frame)
+        want = shadow | frame & (x > 0.25)                         # half of 0.5 at depth 2
+        assert hidden.shape == (2, W, W) and not hidden[0].any()
+        assert torch.equal(hidden[1][4:], want[4:]) and not hidden[1, :4].any()
+
+
 def test_scores_of_samples_are_what_they_are_called(cars):
     """Against two known samples, by hand; black pictures (CO3D without a mask) do not count."""
     views, white = data.load(cars, "cars", "test", 16), torch.ones(3)
@@ -1512,13 +1536,15 @@ def test_scores_of_samples_are_what_they_are_called(cars):
     r, = sample.evaluate(lambda o: g, views, cfg, 6, [0], lpips=likeness)
     x, cam = data.gather(views, index[None, [0, 1, 3, 4, 5, 6]])
     twice = Camera(*(y.repeat(2, *[1] * (y.dim() - 1)) for y in cam[:2]), cam.hw)
-    x_hat, _, _ = render(g, twice, white)                                     # (2, 6, 3, 16, 16)
+    x_hat, alpha, depth = render(g, twice, white)                             # (2, 6, 3, 16, 16)
     each = sample.psnr(x_hat[:, 1:], x[:, 1:])                                # (2, 5)
+    where = sample.hidden(depth[0], alpha[0], cam)[1:]                        # (5, 16, 16)
+    assert where.any()
     want = dict(one=each.mean(), best=each.mean(1).max(),
                 source=sample.psnr(x_hat[:, 0], x[:, 0]).mean(),
                 mean=sample.psnr(x_hat[:, 1:].mean(0), x[0, 1:]).mean(),
                 ssim=sample.ssim(x_hat[0, 1:], x[0, 1:]).mean(),
-                std=(x_hat[0] - x_hat[1])[1:].abs().mean() / 2 ** .5,
+                std=((x_hat[0] - x_hat[1]).abs() / 2 ** .5)[1:].mean(1)[where].mean(),
                 lpips=2 * (x_hat[0, 1:] - x[0, 1:]).abs().mean())
     v, *pair = toys.cars.hidden_pair(views, 0, data.resize)
     x, cam = data.gather(views, torch.tensor([[64, v]]))
@@ -2069,7 +2095,7 @@ def test_the_elevation_is_told_by_what_is_level(elevation):
     xyz = np.concatenate([sides[0] * [.45, .08, .2], sides[1] * [.2, .07, .18] - [0, .15, 0]])
     xyz = torch.from_numpy(xyz + rng.normal(0, .004, xyz.shape)).float()[None]      # (1, 8000, 3)
     w2c = sample.orbit(math.degrees(0.6), dict(elevation=elevation, distance=1.3))[:, 0]
-    g = Gaussians(xyz, xyz, torch.ones(1, 8000, 4), torch.ones(1, 8000), torch.zeros(1, 8000, 4, 3))
+    g = Gaussians(xyz, xyz, torch.ones(1, 8000, 4), torch.ones(1, 8000), torch.zeros(1, 8000, 1, 3))
     assert abs(sample.estimate_elevation(transform(g, w2c), 1.3) - elevation) <= 2
 
 

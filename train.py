@@ -70,7 +70,7 @@ class Config:
     warm_start: bool = True      # ours: the student begins with the teacher's weights
     # optimisation; numbers by stage: teacher, bootstrapping, multi-step
     iters: tuple = (3000, 300, 30)    # steps; training ends before a stage of 0 steps
-    batch: tuple = (8, 8, 4)     # objects a step, over all GPUs; paper: (per GPU) 100 and 10
+    batch: tuple = (8, 8, 4)     # objects a step, over all GPUs; paper, per GPU: 100 and 10
     lr: tuple = (8e-3, 5e-4, 2e-4)    # peak learning rate of Adam
     views: int = 4               # rendered views per object, the source view among them
     warmup: int = 20             # steps of linear warm-up
@@ -143,7 +143,8 @@ def cycle_loss(predict, x, x_hat, cam, background):
 
 
 def beyond(x, limit):
-    """The mean of the x above a limit, of this process. If none is, it is 0, as its gradients."""
+    """The mean of the x above a limit (of this process's share). If none is, it is exactly 0, and
+    so are its gradients."""
     over = x > limit                                                          # as x, bool
     return torch.where(over, x, 0).sum() / over.sum().clamp(min=1)
 
@@ -181,8 +182,9 @@ def stage_0(teacher, x, cam, background, t, eps, cfg):
 
 
 def noised_teacher(denoiser, teacher, x, cam, background, t, eps, cfg):
-    """-> s_teacher, s_t (B, 24, H, W) each, the base of both, and the code (B, code). Ours: the
-    teacher is told what the further views show; with --code=0 (paper) it sees the source alone."""
+    """-> s_teacher, s_t (B, 24, H, W) each, the base from which both are differences, and the code
+    (B, code). Ours: the teacher is told what the further views show; with --code=0 it sees the
+    source alone, as in the paper."""
     with torch.no_grad():
         code = None
         alone = raw = teacher(x[:, :1])                                       # (B, 24, H, W)
@@ -242,7 +244,8 @@ def stage_2(denoiser, teacher, x, cam, background, t, eps, cfg):
 
 def draw_batch(views, cfg, stage, step, mine=slice(RANK, None, WORLD)):
     """-> x (B, V, 3, H, W), w2c (B, V, 4, 4), K (B, V, 4), t (B,), eps (B, 24, H, W). They depend
-    on (seed, stage, step) alone: resuming needs no more. A process draws all, takes its share."""
+    on (seed, stage, step) alone, so resuming needs no other state. Every process draws the whole
+    batch and takes its share."""
     seed = (cfg.seed * 3 + stage) * 10**9 + step
     gen = torch.Generator().manual_seed(seed)
     B = cfg.batch[stage]
@@ -308,9 +311,10 @@ def make_networks(cfg, stage, views, background):
     """-> the network that learns in this stage, and the frozen teacher, None in stage 0."""
     shape = shape_of(cfg, views.meta)
     torch.manual_seed(cfg.seed)
+    if stage == 0 and cfg.init:
+        return given_teacher(cfg.init, shape, learns=True), None
     if stage == 0:
-        given = cfg.init and given_teacher(cfg.init, shape, learns=True)
-        return given or Teacher(shape), None
+        return Teacher(shape), None
     teacher, _ = load_network(Path(cfg.out) / "teacher.pt", Teacher, cfg.device)
     teacher.requires_grad_(False).to(memory_format=torch.channels_last)
     if stage == 2:
@@ -512,8 +516,9 @@ def parse(argv):
             (not (cfg.iters[0] or cfg.teacher), "--iters: without stage 0, give a --teacher"),
             (cfg.init and cfg.teacher, "--init begins stage 0, --teacher replaces it; give one"),
             (any(n % WORLD for n in cfg.batch) or cfg.code and cfg.batch[0] % (2 * WORLD),
-             "--batch: give multiples of the number of processes, in stage 0 even ones for each"),
-            (cfg.code and cfg.views > 1 + cfg.told, "give at most 1 + --told --views: they tell"),
+             "--batch: give multiples of the number of processes, in stage 0 of twice that number"),
+            (cfg.code and cfg.views > 1 + cfg.told,
+             "--views: give at most 1 + --told, because all of them tell the teacher"),
             (not cfg.t_star < cfg.t_known < T, f"give --t_star < --t_known < {T}"),
             (cfg.width % 2 or math.gcd(h, w) % 2 ** (len(cfg.mult) - 1),
              f"--width, and {h}x{w} by --size on each level of --mult but the last, must be even"),

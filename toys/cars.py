@@ -445,11 +445,11 @@ def door_scores(x_hat, truth, amber, blue):
     cars the truth is 1/2. true: the share that are decided for the true colour."""
     d = amber - blue                                                          # (3, H, W)
     there = d.abs().sum(0) > 0.5                                              # (H, W) they differ
-    d = d * there
+    d = d * there                                                             # (3, H, W)
     x = torch.cat([truth[None], x_hat])                                       # (1 + n, 3, H, W)
     q = ((x - blue) * d).flatten(1).sum(1) / d.square().sum()                 # (1 + n,)
     is_amber, q = q[0] > 0.5, q[1:]                                           # () (n,)
-    rest = (x_hat - blue) * there - q[:, None, None, None] * d                # neither of them
+    rest = (x_hat - blue) * there - q[:, None, None, None] * d                # (n, 3, H, W) other
     clear = rest.flatten(1).norm(dim=1) < 0.5 * d.norm()                      # (n,)
     decided = ((q - 0.5).abs() > 0.25) & clear                                # (n,)
     share = lambda which: which.float().mean().item()

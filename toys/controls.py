@@ -78,7 +78,7 @@ def main():
     rows = {"teacher, optimised on 1": by_optimised_teacher(teacher, views, cfg)}
     if teacher.encoder:
         rows["teacher, told by 1"] = sample.predictor(teacher, None, views, cfg,
-                                                        sample.opposite_views)
+                                                      sample.opposite_views)
         rows["teacher, codes of train"] = by_codes(teacher, views, cfg, splits["train"])
     if teacher.encoder and len(views) > 1:
         rows["teacher, codes of others"] = by_codes(teacher, views, cfg, views)
