@@ -295,7 +295,8 @@ def make_step(cfg, stage, network, teacher, background):
         optimiser.param_groups[0]["lr"].copy_(lr)
         optimiser.step()
         return dict(losses, grad_norm=norm)
-    return (Captured(step) if cfg.graph else step), optimiser
+    graph = cfg.graph and choose("auto", "cuda")           # the reference cannot be captured
+    return (Captured(step) if graph else step), optimiser
 
 
 # ---- one stage -----------------------------------------------------------------------------------
@@ -407,10 +408,10 @@ def barrier():
 
 def join_processes(device):
     """Connect the processes that torchrun has started; only the first one prints."""
+    cuda = device.startswith("cuda")
+    if cuda:
+        torch.cuda.set_device(torch.device(device).index or 0)
     if WORLD > 1:
-        cuda = device.startswith("cuda")
-        if cuda:
-            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")

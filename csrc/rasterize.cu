@@ -29,7 +29,9 @@ constexpr int BLOCK = 4;                // tiles of a block: 2 x 2
 constexpr int CHUNK = 1024;             // splats that a warp looks through at a time: 32 words
 constexpr int BATCH = 16;               // splats that it draws at a time
 constexpr int RING = BATCH + 32;        // and holds: a batch and what one load may add
-constexpr int BLOCK_SORT = 16 * 1024;   // splats of an image that one block can sort
+#ifndef BLOCK_SORT
+#define BLOCK_SORT (16 * 1024)          // splats of an image that one block can sort, in 66 KiB
+#endif
 constexpr uint32_t CULLED = 0x7fffffff;   // the last of all depth keys
 constexpr unsigned ALL = ~0u;           // lanes of a warp
 
