@@ -147,6 +147,8 @@ def load(root, dataset, split, size, limit=None):
     listed = read_list(clip_file(folder)) if "window" in about else {}
     objects = list_objects(folders, split)
     objects = [x for x in objects if x.name in listed or not listed][:limit]
+    if not objects:
+        fail(f"{folder}: no object is left; does {clip_file(folder)} name others?")
     hw = size, round(size * about.get("aspect", 1))
     used = *objects, *sorted(folder.glob("camera_?s.npz")), *map(clip_file, objects)
     stamp = repr((VERSION, about, [files_of(os.path.realpath(path)) for path in used]))
@@ -158,7 +160,7 @@ def load(root, dataset, split, size, limit=None):
     _, _, K, start = arrays
     names = [item.name for item in objects]
     for name, frames in zip(names, np.diff(start)):
-        if max(listed.get(name, [0])) >= frames:
+        if not all(0 <= frame < frames for frame in listed.get(name, ())):
             fail(f"{clip_file(folder)}: {name} has {frames} frames, the list names {listed[name]}")
     return Views(*map(torch.from_numpy, arrays), names, dict(
         dataset=dataset, split=split, hw=hw, **about, root=str(folder.parent),

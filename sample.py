@@ -106,7 +106,7 @@ def results(denoiser, teacher, meta, a):
     objects = {f"sample {k}": [one(state, k) for state in states] for k in range(a.samples)}
     objects["teacher"] = [upright(teacher.gaussians(teacher(x[:, :1]), K), look, w)]
     look["differ"] = around[most]
-    page = viewer_html(a.image.name, encoded([pixels], "PNG"), objects, look)
+    page = viewer_html(a.image.name, encoded([np.asarray(picture)], "PNG"), objects, look)
     yield "viewer.html", page.encode()
 
     film = []                                                                 # (B, h, w, 3) each
@@ -323,7 +323,8 @@ def evaluate(predict, views, cfg, n_views, objects, title="", lpips=None, given=
         truth = x[0, shown]                                                   # (V', 3, h, w)
         each = psnr(novel, truth).mean(1)                                     # (n,)
         source, *targets = psnr(x_hat, x).mean(0)                             # (V,)
-        r = dict(zip(("5", "10", "random"), targets)) if clips else {}
+        columns = ("5", "10", "random") if clips else ()
+        r = {k: score for k, score, new in zip(columns, targets, shown[1:]) if new}
         r |= dict(one=each.mean(), ssim=ssim(novel[0], truth).mean(), source=source)
         if lpips:
             r["lpips"] = lpips(2 * novel[0] - 1, 2 * truth - 1).mean()
@@ -378,7 +379,8 @@ def score_table(cfg, views, about):
     kind = "procedural" if views.meta["procedural"] else "real"
     h, w = views.meta["hw"]
     targets = (f"view {views.meta['source']} in, {cfg.eval_views or 'all'} others out"
-               if "source" in views.meta else "middle frame in, 3 others out")
+               if "source" in views.meta else
+               f"{'listed' if views.meta['listed'] else 'middle'} frame in, 3 others out")
     record = json.dumps(dict(table=rows, kind=kind, **about), indent=1)
     write_atomically(out / "results.json", lambda file: file.write(record.encode()))
     return (f"{views.meta['dataset']} ({kind}), {h}x{w}, {len(views)} {cfg.split} "
@@ -466,7 +468,7 @@ def quantise(states):
     drawn[0] = True                                                           # n > 0
     x = x[:, drawn]                                                           # (states, n, 23)
     # A number far out must not cost the others their precision: it is clamped.
-    low, high = np.quantile(x, [0.01, 0.99], (0, 1))                          # (23,) each
+    low, high = np.quantile(x, [0.001, 0.999], (0, 1))                         # (23,) each
     margin = 4 * (high - low)
     x = x.clip(low - margin, high + margin)
     low = x.min((0, 1))                                                       # (23,)
@@ -490,29 +492,29 @@ def viewer_html(title, picture, objects, look):
 
 
 # ---- pictures from the wild ----------------------------------------------------------------------
-# In the training pictures (cars) the longer side of the object's bounding box takes 0.35 to 0.80 of
-# the picture, and its middle lies within 0.1 of MIDDLE. A picture of that kind is left as it is,
-# another is cropped or padded to SHARE and MIDDLE, the medians.
+# In training pictures of cars the longer side of the bounding box takes 0.35 to 0.80 of a picture,
+# and its middle lies within 0.1 of MIDDLE. A picture of that kind is left as it is, another is
+# cropped or padded to SHARE and MIDDLE, the medians. Other objects are only padded to a square.
 SHARE = 0.67
 MIDDLE = np.array([0.50, 0.54])            # x y
 
 
-def frame(path, image, background):
-    """RGBA image -> a square one, around the subject if that does not lie as in training. Ground is
+def frame(path, image, meta):
+    """RGBA image -> a square one, around a car if that does not lie as in training. Ground is
     made transparent, unless it is the training background already. The subject is told by alpha if
     that cuts it out, else by distance from the border's colour."""
     cover = np.asarray(image)[..., 3] / 255                                   # (h, w) in [0, 1]
     noise = 0
     if (cover > 0.5).mean() > 0.95:   # no cut-out: at most a margin or corners are transparent
         image = image.crop(Image.fromarray(cover > 0.5).getbbox())
-        rgb = data.on_background(image, background).astype(float)             # (h, w, 3)
+        rgb = data.on_background(image, meta["background"]).astype(float)             # (h, w, 3)
         opaque = np.asarray(image)[..., 3] > 127                              # (h, w)
         edge = opaque.copy()
         edge[1:-1, 1:-1] = False
         far = abs(rgb - np.median(rgb[edge], 0)).max(2)                       # (h, w) grey levels
         noise = np.quantile(far[edge], 0.9)
         cover = (far / (8 + 2 * noise) - 1).clip(0, 1) * opaque               # (h, w)
-        if noise <= 24 and (rgb[edge] != np.multiply(background, 255)).any():
+        if noise <= 24 and (rgb[edge] != np.multiply(meta["background"], 255)).any():
             image = Image.fromarray(np.dstack([rgb, 255 * cover]).astype(np.uint8))
     side = max(image.size)
     corner = (np.array(image.size) - side) // 2                               # x y, at most 0
@@ -522,7 +524,7 @@ def frame(path, image, background):
               "object out")
     elif not len(x):
         fail(f"{path}: there is nothing but background; give a picture of an object")
-    else:
+    elif meta["dataset"] == "cars":
         low, high = np.quantile([x, y], [0.001, 0.999], 1)                    # x y, without specks
         middle = (low + high + 1) / 2
         extent = max(high - low) + 1                                          # pixels
@@ -549,7 +551,7 @@ def prepare(path, cfg, meta):
             corner = (np.array(image.size) - (w, h)) // 2                     # x y
             image = image.crop((*corner, *corner + (w, h)))
     else:
-        image = frame(path, image, meta["background"])
+        image = frame(path, image, meta)
     pixels = data.on_background(image, meta["background"])                    # (h, w, 3)
     return data.resize(pixels, (cfg.size, round(cfg.size * cfg.aspect)))
 
@@ -562,11 +564,12 @@ def read_views(cfg, meta, a):
         split = next((split for split in data.SPLITS if data.layout(a.image, split)), "test")
         hw = cfg.size, round(cfg.size * cfg.aspect)
         pixels, c2w, K = data.read_object(a.image, split, hw, meta["background"])     # (V, H, W, 3)
-        if K.shape[1] < len(meta["K"]):
+        if K.shape[1] < len(meta["K"]) and meta["dataset"] not in data.DATASETS:
             c2w, K = data.centred(c2w, K, a.image, cfg.size)
-        if K.shape[1] > len(meta["K"]) or clip != data.clip_file(a.image).exists():
+        of_clip = data.layout(a.image, split).func is data.read_clip
+        if K.shape[1] != len(meta["K"]) or of_clip != clip:
             fail(f"{a.image}: its cameras are not such as these weights were trained with")
-        index = a.views or [64 if len(c2w) > 64 else 0]
+        index = a.views or [len(c2w) // 2 if clip else 64 * (len(c2w) > 64)]
         if not set(index) <= set(range(len(c2w))):
             fail(f"{a.image}: --views: give numbers from 0 to {len(c2w) - 1}")
         lens = K[index[0], :2] / meta["K"][:2]              # objects were learned with one lens
@@ -590,7 +593,8 @@ def arguments():
     add("image", type=lambda path: Path(os.path.abspath(path)),
         help="a picture, or the folder of an object in a dataset")
     add("--views", metavar="N,N", type=lambda text: [int(n) for n in text.split(",")],
-        help="of an object: the source view, then any that guide; default 64, or 0 if it has fewer")
+        help="of an object: the source view, then any that guide; default 64, 0 if it has fewer, "
+             "the middle frame of a clip")
     add("--weights", type=Path, default=HERE / "weights/cars.pt",
         help="of train.py, beside its teacher.pt; default weights/cars.pt")
     add("--out", type=Path, help="default out/<name of the input>")
@@ -611,7 +615,8 @@ def main():
     if not (1 <= a.samples <= 85 and a.steps >= 0 and 0 <= a.seed < 2 ** 63 and elevation <= 90):
         fail("give --samples 1 to 85, --steps from 0, --seed 0 to 2^63 - 1, --elevation -90 to 90")
     out = a.out or Path("out", a.image.name if a.image.is_dir() else a.image.stem)
-    if out.resolve() == a.image.resolve().parent:
+    here = a.image.resolve()
+    if out.resolve() == (here if here.is_dir() else here.parent):
         fail(f"{out}: there is an input in it, which may be written over; choose another --out")
     if a.views and not a.image.is_dir():
         fail(f"{a.image}: --views goes with the folder of an object, not with a picture")
