@@ -338,7 +338,8 @@ def evaluate(predict, views, cfg, n_views, objects, title="", lpips=None, given=
             v, *pair = toy.hidden_pair(views, o, data.resize)                 # (3, H, W) each
             x, cam, _ = scene(views, torch.tensor([index[0], v]), cfg)        # (1, 2, 3, H, W)
             x_hat = renderings(g, cam.views([1]), background)                 # (n, 1, 3, H, W)
-            r |= cars.door_scores(x_hat[:, 0], x[0, 1], *(p.to(x) for p in pair))
+            if v not in known:
+                r |= cars.door_scores(x_hat[:, 0], x[0, 1], *(p.to(x) for p in pair))
         scores.append(dict(object=views.names[o], **{k: float(v) for k, v in r.items()}))
     return scores
 

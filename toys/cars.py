@@ -1,11 +1,12 @@
 """Procedural cars: ray cast in closed form, written in the ShapeNet-SRN layout.
 
-A toy world in which one picture cannot show everything: each door is amber or blue, drawn
-independently, and no view sees both. The method can be followed without reading this file. data.py
+A toy world in which few pictures can show everything: each door is amber or blue, drawn
+independently, and only views from high above see both. Nobody need read this file. data.py
 calls `generate` if there are no real cars; `hidden_pair` and `door_scores` measure what a model
 makes of the door that its input does not show.
 """
 import json
+import os
 import shutil
 import tempfile
 from colorsys import hsv_to_rgb
@@ -384,11 +385,10 @@ def add_missing(folder, wanted, seed, parallel, version, write, place, last):
     note = folder / "procedural.json"
     about = {"version": version, "seed": seed}
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(note, "x") as file:
-            file.write(json.dumps(about) + "\n")
-    except FileExistsError:
-        pass
+    if not note.exists():
+        part = folder / f".{os.getpid()}.json"
+        part.write_text(json.dumps(about) + "\n")
+        part.replace(note)               # at once: no other run reads half of it
     try:
         found = json.loads(note.read_text())
     except ValueError:
