@@ -380,8 +380,7 @@ def score_table(cfg, views, about):
     kind = "procedural" if views.meta["procedural"] else "real"
     h, w = views.meta["hw"]
     targets = (f"view {views.meta['source']} in, {cfg.eval_views or 'all'} others out"
-               if "source" in views.meta else
-               f"{'listed' if views.meta['listed'] else 'middle'} frame in, 3 others out")
+               if "source" in views.meta else "listed or middle frame in, 3 others out")
     record = json.dumps(dict(table=rows, kind=kind, **about), indent=1)
     write_atomically(out / "results.json", lambda file: file.write(record.encode()))
     return (f"{views.meta['dataset']} ({kind}), {h}x{w}, {len(views)} {cfg.split} "
