@@ -2263,17 +2263,17 @@ def test_the_viewer_holds_every_step_to_its_precision():
     g.scale[0, 21] = 0
     g.xyz[0, 30] = torch.tensor([1e6, 0, 0])
     g.sh[0, 31] = -1e9
+    g.xyz[0, 40:50, 2] = 20                                                   # a window far away
     states = [g._replace(opacity=g.opacity * k) for k in (0.1, 1.0)]
-    none = g._replace(opacity=0 * g.opacity)
-    html = sample.viewer_html('a "title" <!--<script>\u2028', b"", dict(a=states, b=[none]), LOOK)
-    scene = unpacked(html)
+    objects = dict(a=states, b=[g._replace(opacity=0 * g.opacity)])
+    scene = unpacked(sample.viewer_html('a "title" <!--<script>\u2028', b"", objects, LOOK))
     a, b = scene["objects"]
     assert scene["title"] == 'a "title" <!--<script>\u2028' and scene["picture"] == ""
     assert scene["look"] == LOOK and b["n"] == 1
     keep = g.opacity[0] >= rasterize.ALPHA_MIN
     assert a["n"] == keep.sum() == 2996
     low, high = np.array(a["low"])[:, None], np.array(a["high"])[:, None]     # (23, 1)
-    assert (high - low).max() < 30
+    assert (high - low).max() < 30 and high[2] > 19.99
     for state, q, levels in zip(states, a["q"], (256, 65535)):
         k = pick(state, keep)
         x = torch.cat([k.xyz[0], k.opacity[0, :, None], k.quat[0], k.scale[0].clamp(min=1e-9).log(),
