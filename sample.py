@@ -336,9 +336,9 @@ def evaluate(predict, views, cfg, n_views, objects, title="", lpips=None, given=
         if views.meta["procedural"]:
             toy = data.TOYS[views.meta["dataset"]]
             v, *pair = toy.hidden_pair(views, o, data.resize)                 # (3, H, W) each
-            x, cam, _ = scene(views, torch.tensor([index[0], v]), cfg)        # (1, 2, 3, H, W)
-            x_hat = renderings(g, cam.views([1]), background)                 # (n, 1, 3, H, W)
             if v not in known:
+                x, cam, _ = scene(views, torch.tensor([index[0], v]), cfg)    # (1, 2, 3, H, W)
+                x_hat = renderings(g, cam.views([1]), background)             # (n, 1, 3, H, W)
                 r |= cars.door_scores(x_hat[:, 0], x[0, 1], *(p.to(x) for p in pair))
         scores.append(dict(object=views.names[o], **{k: float(v) for k, v in r.items()}))
     return scores
@@ -468,7 +468,7 @@ def quantise(states):
     drawn[0] = True                                                           # n > 0
     x = x[:, drawn]                                                           # (states, n, 23)
     # A number far out must not cost the others their precision: it is clamped.
-    low, high = np.quantile(x, [0.001, 0.999], (0, 1))                         # (23,) each
+    low, high = np.quantile(x, [0.001, 0.999], (0, 1))                        # (23,) each
     margin = 4 * (high - low)
     x = x.clip(low - margin, high + margin)
     low = x.min((0, 1))                                                       # (23,)
@@ -507,7 +507,7 @@ def frame(path, image, meta):
     noise = 0
     if (cover > 0.5).mean() > 0.95:   # no cut-out: at most a margin or corners are transparent
         image = image.crop(Image.fromarray(cover > 0.5).getbbox())
-        rgb = data.on_background(image, meta["background"]).astype(float)             # (h, w, 3)
+        rgb = data.on_background(image, meta["background"]).astype(float)     # (h, w, 3)
         opaque = np.asarray(image)[..., 3] > 127                              # (h, w)
         edge = opaque.copy()
         edge[1:-1, 1:-1] = False

@@ -407,7 +407,7 @@ def barrier():
 
 
 def join_processes(device):
-    """Connect the processes that torchrun has started; only the first one prints."""
+    """Take that GPU, connect the processes that torchrun has started; only the first one prints."""
     cuda = device.startswith("cuda")
     if cuda:
         torch.cuda.set_device(torch.device(device).index or 0)
